@@ -1,0 +1,102 @@
+# Every verb here is a step of CI, and CI has no other steps.
+#
+#   make demo      set up .venv, embed real text unpatched and patched, compare   (TEXTS=300, TEXTS=all)
+#   make test      everything that needs no GPU: lint, tests, interpreter, builds for GPUs, oldest stack
+#   make gpu-test  the same tests with the kernels on this machine's GPU
+
+PYTHON ?= python3
+VENV   ?= .venv
+COMPAT ?= .venv-compat
+TEXTS  ?= 3000
+JOBS   ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores > 8 ? 8 : cores)))
+
+# A machine with an NVIDIA GPU gets the CUDA build that pip prefers; CI's version elsewhere.
+TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch,torch==2.13.0)
+# The oldest versions that pyproject.toml allows; Triton 3.6's interpreter needs numpy before 2.4.
+OLDEST := triton==3.6.0 transformers==5.10.1 'numpy<2.4'
+
+PIP    := -m pip --disable-pip-version-check install --quiet
+BIN    := $(VENV)/bin
+# $(call pytest,VENV): tests side by side, each on one thread
+pytest  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install test lint format test-cpu interpret aot compat demo bench bench-quick \
+	report gpu-test gpu-bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# Stamps: a verb that finds its environment newer than pyproject.toml goes straight to work.
+$(VENV)/.demo: pyproject.toml
+	@$(call create,$(VENV))
+	$(BIN)/python $(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml
+	@$(call create,$(VENV))
+	$(BIN)/python $(PIP) --editable '.[demo,dev]'
+	@touch $@ $(VENV)/.demo
+
+$(COMPAT)/.dev: pyproject.toml
+	@$(call create,$(COMPAT))
+	$(COMPAT)/bin/python $(PIP) $(OLDEST) --editable '.[demo,dev]'
+	@touch $@
+
+define create
+echo "installing into $(1)"
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+$(1)/bin/python $(PIP) '$(TORCH)'
+endef
+
+venv: $(VENV)/.demo
+install: $(VENV)/.dev
+
+test: lint test-cpu interpret aot compat
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-cpu: $(VENV)/.dev
+	$(call pytest,$(VENV)) -m 'not aot'
+
+interpret: $(VENV)/.dev
+	TRITON_INTERPRET=1 $(call pytest,$(VENV)) tests/kernels tests/patch
+
+aot: $(VENV)/.dev
+	$(call pytest,$(VENV)) -m aot
+	$(BIN)/neobert aot
+
+# The oldest stack that pyproject.toml promises: kernels, their builds, the model and the patch.
+compat: $(COMPAT)/.dev
+	TRITON_INTERPRET=1 $(call pytest,$(COMPAT)) tests/kernels tests/patch
+	$(call pytest,$(COMPAT)) -m aot
+	$(call pytest,$(COMPAT)) tests/model tests/patch
+
+demo: $(VENV)/.demo
+	$(BIN)/neobert demo --texts $(TEXTS)
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results
+	$(BIN)/python benchmarks/report.py
+
+bench-quick: $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks --benchmark-only --quick
+
+report: $(VENV)/.dev
+	$(BIN)/python benchmarks/report.py --readme
+
+gpu-test: $(VENV)/.dev
+	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "no GPU that torch can use"'
+	$(BIN)/python -m pytest
+
+gpu-bench: gpu-test bench
+
+clean:
+	rm -rf $(VENV) $(COMPAT) build *.egg-info .*_cache .hypothesis .benchmarks

@@ -1,0 +1,164 @@
+"""Turn the committed results into the README's table of numbers.
+
+python benchmarks/report.py            print it
+python benchmarks/report.py --readme   write it between the markers in README.md
+python benchmarks/report.py --check    fail if README.md does not show the committed results
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- numbers: make report -->", "<!-- end of numbers -->"
+NOT_MEASURED = "not measured"
+
+Values = dict[str, Any]
+Cells = Callable[[Values], tuple[str, str, str]]  # baseline, ours, ratio
+
+
+def _tokens(v: Values) -> tuple[str, str, str]:
+    spread = f"{v['ratio']:.2f} x ({v['ratio_low']:.2f} to {v['ratio_high']:.2f})"
+    return f"{v['baseline_tokens_per_s']:,.0f}", f"{v['tokens_per_s']:,.0f}", spread
+
+
+def _share(v: Values) -> tuple[str, str, str]:
+    return f"{v['baseline_share_of_gemm_limit']:.0%}", f"{v['share_of_gemm_limit']:.0%}", ""
+
+
+def _memory(v: Values) -> tuple[str, str, str]:
+    ours, baseline = v["peak_bytes"], v["baseline_peak_bytes"]
+    return f"{baseline / 1e6:,.0f} MB", f"{ours / 1e6:,.0f} MB", f"{ours / baseline:.2f} x"
+
+
+def _import(v: Values) -> tuple[str, str, str]:
+    return "", f"{v['added_s']:.3f} s", ""
+
+
+def _call(v: Values) -> tuple[str, str, str]:
+    return "", f"{v['added_us']:.1f} us", ""
+
+
+def _kernel(v: Values) -> tuple[str, str, str]:
+    eager, ours = (f"{1e6 * v[f'{key}_median_s']:.1f} us" for key in ("eager", "ours"))
+    return eager, ours, f"{v['ratio_to_eager']:.2f} x"
+
+
+# What the table shows: title, baseline, result name, words its case must contain, cells, goal.
+ROWS: tuple[tuple[str, str, str, tuple[str, ...], Cells, str], ...] = (
+    (
+        "embed real text, MiniLM, real tokens/s",
+        "sentence-transformers",
+        "encode",
+        (),
+        _tokens,
+        "1.6 x",
+    ),
+    ("... share of the float32 GEMM limit", "sentence-transformers", "encode", (), _share, "85%"),
+    ("... peak memory", "sentence-transformers", "encode", (), _memory, "no higher"),
+    (
+        "NeoBERT-250M, ragged batch, real tokens/s",
+        "the same model padded, SDPA",
+        "neobert_ragged",
+        (),
+        _tokens,
+        "1.5 x",
+    ),
+    ("`import neobert_kernels` adds to `import torch`", "", "import", (), _import, "under 0.3 s"),
+    ("checks around one `rms_norm` call, CPU", "", "op_call", ("inference", "cpu"), _call, "17 us"),
+    (
+        "`rms_norm` forward, 16384 x 768 bfloat16, GPU",
+        "eager PyTorch",
+        "rms_norm",
+        ("forward, ", "x 768", "cuda"),
+        _kernel,
+        "",
+    ),
+    (
+        "`rms_norm` forward and backward, the same",
+        "eager PyTorch",
+        "rms_norm",
+        ("backward, ", "x 768", "cuda"),
+        _kernel,
+        "",
+    ),
+)
+
+
+def results(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every result with the document it is filed in, newest document first."""
+    documents = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*/*.json"))]
+    for document in sorted(documents, key=lambda d: d["date"], reverse=True):
+        for result in document["results"]:
+            yield document, result
+
+
+def table(folder: Path) -> str:
+    """The Markdown table; a row without a result says so."""
+    found = list(results(folder))
+    lines = ["| what | baseline | baseline's | ours | ratio | goal |", "|---|---|---|---|---|---|"]
+    sources = []
+    for title, baseline, name, words, cells, goal in ROWS:
+        match = next(
+            (
+                (document, result)
+                for document, result in found
+                if result["name"] == name and all(word in result["case"] for word in words)
+            ),
+            None,
+        )
+        if match is None:
+            shown = ("", NOT_MEASURED, "")
+        else:
+            shown = cells(match[1]["values"])
+            sources.append(source_line(match[0]))
+        lines.append(f"| {title} | {baseline} | {' | '.join(shown)} | {goal} |")
+    notes = [f"Measured on {source}." for source in dict.fromkeys(sources)]
+    return "\n".join([*lines, "", *(notes or ["Nothing has been measured yet."])])
+
+
+def source_line(document: dict[str, Any]) -> str:
+    """Where the numbers of one results file come from."""
+    machine, versions = document["machine"], document["versions"]
+    software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
+    return (
+        f"{machine['device']} ({machine['cores']} cores, {machine['threads']} threads), "
+        f"{software}, {document['date']}, commit {document['commit'][:10]}"
+    )
+
+
+def with_table(readme: str, folder: Path) -> str:
+    """``readme`` with the text between its two markers replaced."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md: expected the markers {BEGIN!r} and {END!r}, got none")
+    return f"{before}{BEGIN}\n{table(folder)}\n{END}{after}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The README's table of numbers.")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--readme", action="store_true", help="write it into README.md")
+    action.add_argument("--check", action="store_true", help="fail if README.md differs from it")
+    args = parser.parse_args(argv)
+    path = ROOT / "README.md"
+    if not (args.readme or args.check):
+        print(table(RESULTS))
+        return 0
+    readme = path.read_text(encoding="utf-8")
+    wanted = with_table(readme, RESULTS)
+    if args.check and wanted != readme:
+        print("README.md does not show the committed results: run make report", file=sys.stderr)
+        return 1
+    if args.readme:
+        path.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

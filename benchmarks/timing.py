@@ -1,0 +1,88 @@
+"""How benchmarks take time: variants interleaved, median and quartiles, device time on a GPU."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+Variant = Callable[[int], object]  # called with a running number, to pick among rotated buffers
+
+BACKLOG_CYCLES = 20_000_000  # about 10 ms of idling on the GPU, while the host fills the queue
+L2_BYTES = 128 << 20  # more than the last-level cache of any GPU here, so every call reads memory
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call over the rounds."""
+
+    median_s: float
+    low_s: float  # first quartile
+    high_s: float  # third quartile
+
+    def values(self, prefix: str) -> dict[str, float]:
+        """The three numbers under names that start with ``prefix``."""
+        return {f"{prefix}_{name}": value for name, value in asdict(self).items()}
+
+
+def interleaved(
+    variants: Mapping[str, Variant],
+    *,
+    rounds: int,
+    device: str = "cpu",
+    at_least_s: float = 0.005,
+) -> dict[str, Timing]:
+    """Time every variant in every round, in an order that rotates; device time for "cuda".
+
+    A round calls a variant as often as fills ``at_least_s``; counts are fixed before the timing.
+    """
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    take = _device_time if device == "cuda" else _host_time
+    calls = {}
+    for name in names:
+        for number in range(3):
+            variants[name](number)
+        calls[name] = max(1, round(at_least_s / take(variants[name], 3)))
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(take(variants[name], calls[name]))
+    return {name: summarize(seconds[name]) for name in names}
+
+
+def summarize(seconds: list[float]) -> Timing:
+    """Median and quartiles; with one value, that value thrice."""
+    if len(seconds) == 1:
+        return Timing(seconds[0], seconds[0], seconds[0])
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(median, low, high)
+
+
+def rotated(make: Callable[[], list[torch.Tensor]], device: str) -> list[list[torch.Tensor]]:
+    """Enough sets of inputs from ``make`` that a GPU's cache never holds the next one."""
+    sets = [make()]
+    size = sum(t.numel() * t.element_size() for t in sets[0])
+    if device == "cuda":
+        sets += [make() for _ in range(min(L2_BYTES // max(size, 1), 63))]
+    return sets
+
+
+def _host_time(variant: Variant, calls: int) -> float:
+    began = time.perf_counter()
+    for number in range(calls):
+        variant(number)
+    return (time.perf_counter() - began) / calls
+
+
+def _device_time(variant: Variant, calls: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(BACKLOG_CYCLES)
+    start.record()
+    for number in range(calls):
+        variant(number)
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000 / calls

@@ -1,0 +1,89 @@
+"""Command-line arguments that several subcommands share."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neobert.readers import ReadOptions
+
+if TYPE_CHECKING:
+    from neobert.encode import Encoder
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--revision", help="branch, tag or commit of a hub model")
+    group.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    group.add_argument(
+        "--max-length", type=positive, metavar="TOKENS", help="truncate texts to fewer tokens"
+    )
+    group.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="tokens in one batch (default: chosen for the device)",
+    )
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    group.add_argument("--no-patch", action="store_true", help="run the model's own code")
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What of these arguments decides the numbers; a local folder by its full path."""
+    folder = Path(args.model)
+    return {
+        "model": str(folder.resolve()) if folder.is_dir() else args.model,
+        "revision": args.revision,
+        "device": args.device,
+        "dtype": args.dtype,
+        "max_length": args.max_length,
+        "max_tokens": args.max_tokens,
+        "patched": not args.no_patch,
+    }
+
+
+def load_encoder(args: argparse.Namespace) -> "Encoder":
+    from neobert.encode import Encoder
+
+    return Encoder.load(**model_options(args), threads=args.threads)
+
+
+def add_read_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reading")
+    group.add_argument(
+        "--field", default="text", metavar="NAME", help="text field of .jsonl (default: text)"
+    )
+    group.add_argument(
+        "--column", default="text", metavar="NAME", help="text column of .parquet (default: text)"
+    )
+    group.add_argument(
+        "--id-column", metavar="NAME", help="id field or column, kept in a .parquet output"
+    )
+    group.add_argument(
+        "--whole-files",
+        action="store_true",
+        help="each .txt and .md file is one text; its path is its id",
+    )
+    group.add_argument(
+        "--errors",
+        choices=("strict", "replace"),
+        default="strict",
+        help="invalid UTF-8: stop, or put U+FFFD (default: strict)",
+    )
+
+
+def read_options(args: argparse.Namespace) -> ReadOptions:
+    return ReadOptions(
+        args.field, args.column, args.id_column, errors=args.errors, whole_files=args.whole_files
+    )

@@ -1,0 +1,494 @@
+"""Texts to embeddings: a patched encoder, batches by token budget, one worker per core on a CPU.
+
+Texts are taken in windows. A window is tokenized while the one before it runs, sorted by length,
+cut into batches of about ``max_tokens`` real tokens, and given back in the order it came.
+"""
+
+import hashlib
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import neobert_kernels as nk
+from neobert.sentence_files import POOLINGS, SentenceSettings, read_settings
+from neobert_kernels import patching
+
+Progress = Callable[[int, int], None]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WINDOW = 4096
+
+# On a CPU one worker's activations should stay in its cache; a GPU wants enough rows to fill it.
+MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json"]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """The embeddings of one window of texts.
+
+    Attributes:
+        start: Position of the first text in the input.
+        embeddings: ``[n, dim]`` float32.
+        tokens: Real tokens that went through the model.
+        truncated: Texts that were longer than the model takes, and were cut.
+    """
+
+    start: int
+    embeddings: np.ndarray
+    tokens: int
+    truncated: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    start: int
+    ids: list[list[int]]
+    truncated: int
+
+
+@dataclass(eq=False)
+class Encoder:
+    """A loaded encoder with its tokenizer and pooling; make one with `Encoder.load`.
+
+    Attributes:
+        name: The model as the caller named it.
+        family: Its ``model_type``.
+        dim: Width of an embedding.
+        pooling: "mean" or "cls".
+        normalize: Whether embeddings have length 1.
+        max_length: Tokens kept of each text.
+        max_tokens: Real tokens of one batch, unless a single text has more.
+        report: What `neobert_kernels.patch` replaced; None when not patched.
+        fingerprint: What would change the numbers, for resuming and for search.
+    """
+
+    name: str
+    family: str
+    model: Any
+    tokenizer: Any
+    settings: SentenceSettings
+    max_length: int
+    max_tokens: int
+    threads: int
+    report: patching.PatchReport | None
+    fingerprint: dict[str, str | int] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        device: str | None = None,
+        dtype: str = "float32",
+        patched: bool = True,
+        max_tokens: int = 0,
+        max_length: int | None = None,
+        revision: str | None = None,
+        threads: int | None = None,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+    ) -> "Encoder":
+        """Load a model of a supported family with its tokenizer.
+
+        Args:
+            model: A local folder, or a hub id (downloaded once: safetensors, never pickle, and
+                no remote code).
+            device: "cpu", "cuda", "cuda:1", ...; default a GPU if there is one.
+            dtype: "float32", "float16" or "bfloat16", of weights and activations.
+            patched: False runs the model as transformers has it, on padded batches.
+            max_tokens: Real tokens of one batch; 0 chooses by device.
+            max_length: Tokens kept of each text; default as the model's files say.
+            revision: Branch, tag or commit of a hub id.
+            threads: CPU threads; default PyTorch's.
+            pooling, normalize: Override what the model's sentence-transformers files say.
+
+        Raises:
+            ValueError: The family is not supported, a tensor is missing, or an argument is wrong.
+            OSError: The model cannot be found or read.
+        """
+        _check_options(dtype, max_tokens, max_length, threads, pooling)
+        where = _device(device)
+        folder = _folder(model, revision)
+        family = _family(folder, patched)
+        settings = read_settings(folder)
+        settings = SentenceSettings(
+            settings.pooling if pooling is None else pooling,
+            settings.normalize if normalize is None else normalize,
+            settings.max_length,
+            settings.prompt,
+        )
+        network = _load_model(folder, family, DTYPES[dtype]).to(where).eval()
+        tokenizer = _load_tokenizer(folder)
+        length = _length(max_length, settings, tokenizer, network.config)
+        report = nk.patch(network) if patched else None
+        fingerprint: dict[str, str | int] = {
+            "model": str(model),
+            "revision": revision or "",
+            "files": _digest(folder),
+            "dtype": dtype,
+            "device": where.type,
+            "patched": int(patched),
+            "pooling": settings.pooling,
+            "normalize": int(settings.normalize),
+            "prompt": settings.prompt,
+            "max_length": length,
+        }
+        return cls(
+            name=str(model),
+            family=family,
+            model=network,
+            tokenizer=tokenizer,
+            settings=settings,
+            max_length=length,
+            max_tokens=max_tokens or MAX_TOKENS[where.type],
+            threads=threads or torch.get_num_threads(),
+            report=report,
+            fingerprint=fingerprint,
+        )
+
+    @property
+    def dim(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @property
+    def pooling(self) -> str:
+        return self.settings.pooling
+
+    @property
+    def normalize(self) -> bool:
+        return self.settings.normalize
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def encode(self, texts: Sequence[str], progress: Progress | None = None) -> np.ndarray:
+        """Embed a list of texts.
+
+        Args:
+            texts: Any strings; an empty one is embedded as such.
+            progress: Called with the texts and real tokens of each finished batch.
+
+        Returns:
+            ``[N, dim]`` float32, rows in the order of ``texts``.
+
+        Raises:
+            ValueError: An item is not a string.
+        """
+        if isinstance(texts, str):
+            raise ValueError("texts: expected a sequence of strings, got one string")
+        chunks = [chunk.embeddings for chunk in self.stream(texts, progress=progress)]
+        return np.concatenate([np.empty((0, self.dim), np.float32), *chunks])
+
+    def stream(
+        self, texts: Iterable[str], window: int = WINDOW, progress: Progress | None = None
+    ) -> Iterator[Chunk]:
+        """Embed texts that need not fit in memory: one `Chunk` per ``window`` of them, in order.
+
+        One window is read ahead. An error raised by ``texts`` comes after the chunks before it.
+        """
+        if window < 1:
+            raise ValueError(f"window: expected at least 1, got {window}")
+        source = iter(texts)
+        with ThreadPoolExecutor(1, "neobert-tokenize") as ahead, _workers(self) as run:
+            following: Future[_Window] = ahead.submit(self._read, source, 0, window)
+            while (current := following.result()).ids:
+                start = current.start + len(current.ids)
+                following = ahead.submit(self._read, source, start, window)
+                yield self._embed(current, run, progress)
+
+    def _read(self, source: Iterator[str], start: int, window: int) -> _Window:
+        texts = list(itertools.islice(source, window))
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"texts: expected strings, got {type(text).__name__} at {start + i}"
+                )
+        if not texts:
+            return _Window(start, [], 0)
+        prompted = (
+            [self.settings.prompt + text for text in texts] if self.settings.prompt else texts
+        )
+        rows = self.tokenizer(
+            prompted,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        cut = sum(bool(row.overflowing) for row in rows.encodings)
+        return _Window(start, rows["input_ids"], cut)
+
+    def _embed(self, window: _Window, run: Callable, progress: Progress | None) -> Chunk:
+        embeddings = np.empty((len(window.ids), self.dim), np.float32)
+
+        def work(rows: list[int]) -> None:
+            embeddings[rows] = self._forward([window.ids[row] for row in rows])
+            if progress is not None:
+                progress(len(rows), sum(len(window.ids[row]) for row in rows))
+
+        run(work, list(self._batches([len(ids) for ids in window.ids])))
+        return Chunk(window.start, embeddings, sum(map(len, window.ids)), window.truncated)
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Rows of each batch, longest texts first: equal lengths meet, and no straggler is last."""
+        rows: list[int] = []
+        tokens = 0
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+            if rows and tokens + lengths[row] > self.max_tokens:
+                yield rows
+                rows, tokens = [], 0
+            rows.append(row)
+            tokens += lengths[row]
+        if rows:
+            yield rows
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[list[int]]) -> np.ndarray:
+        """``[n, dim]`` for the token ids of one batch."""
+        tokens = torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64)
+        bounds = list(itertools.accumulate(map(len, ids), initial=0))
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        longest = max(map(len, ids))
+        if self.report is None:
+            x = self._padded(tokens, cu_seqlens, longest)
+        else:
+            cu_seqlens = cu_seqlens.to(self.device, non_blocking=True)
+            x = self.model(
+                input_ids=tokens[None].to(self.device, non_blocking=True),
+                cu_seq_lens_q=cu_seqlens,
+                max_length_q=longest,
+            ).last_hidden_state[0]
+        pool = nk.mean_pool if self.pooling == "mean" else nk.first_pool
+        vectors = pool(x, cu_seqlens.to(x.device)).float()
+        if self.normalize:
+            vectors = torch.nn.functional.normalize(vectors)
+        return vectors.cpu().numpy()
+
+    def _padded(self, tokens: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """Token vectors ``[T, C]`` of an unpatched model, which needs its batch padded."""
+        lengths = cu_seqlens.diff()
+        real = torch.arange(longest) < lengths[:, None]
+        input_ids = torch.full(real.shape, self.tokenizer.pad_token_id or 0)
+        input_ids[real] = tokens
+        real = real.to(self.device)
+        hidden = self.model(input_ids=input_ids.to(self.device), attention_mask=real.long())
+        return hidden.last_hidden_state[real]
+
+
+@contextmanager
+def _workers(encoder: Encoder) -> Iterator[Callable]:
+    """``run(work, batches)``: in parallel on a CPU, one single-threaded worker per thread.
+
+    Whole batches side by side beat one batch on all threads: no barrier after every operator.
+    """
+    if encoder.device.type != "cpu" or encoder.threads == 1:
+        previous = torch.get_num_threads()
+        torch.set_num_threads(encoder.threads)
+
+        def in_turn(work: Callable, batches: list) -> None:
+            for batch in batches:
+                work(batch)
+
+        try:
+            yield in_turn
+        finally:
+            torch.set_num_threads(previous)
+        return
+
+    started = threading.Barrier(encoder.threads + 1)
+    previous = torch.get_num_threads()
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(encoder.threads, "neobert-encode")
+    try:
+        for _ in range(encoder.threads):
+            pool.submit(start)
+        started.wait()
+        torch.set_num_threads(previous)  # the setting is per thread, its default is global
+
+        def side_by_side(work: Callable, batches: list) -> None:
+            futures = [pool.submit(work, batch) for batch in batches]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+
+        yield side_by_side
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_options(
+    dtype: str,
+    max_tokens: int,
+    max_length: int | None,
+    threads: int | None,
+    pooling: str | None,
+) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if pooling is not None and pooling not in POOLINGS:
+        raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if max_tokens < 0:
+        raise ValueError(f"max_tokens: expected 0 (choose) or more, got {max_tokens}")
+    for name, value in (("max_length", max_length), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def _device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        where = torch.device("meta")
+    if where.type not in MAX_TOKENS:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        rule = f"one of this machine's {torch.cuda.device_count()} GPUs"
+        raise ValueError(f"device: expected {rule}, got {device!r}")
+    return where
+
+
+def _folder(model: str | os.PathLike[str], revision: str | None) -> Path:
+    """The local folder of a model, downloading a hub id's files (and no pickle) if needed."""
+    path = Path(model)
+    if not path.is_dir():
+        if path.exists() or path.is_absolute() or str(model).startswith((".", "~")):
+            got = "a file" if path.exists() else "nothing"
+            raise OSError(f"model: expected a folder or a hub id, got {got} at {path}")
+        path = _download(str(model), revision)
+    elif revision is not None:
+        raise ValueError(f"revision: expected none for a local folder, got {revision!r}")
+    if not (path / "config.json").is_file():
+        raise OSError(f"model: expected a folder with config.json, got {model}")
+    if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+        found = ", ".join(sorted(p.name for p in path.glob("*.bin"))) or "none"
+        raise OSError(f"model: expected safetensors weights in {model}, got {found}")
+    return path
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except HFValidationError:
+        reason = "not the form of a hub id"
+    except LocalEntryNotFoundError:
+        reason = "the hub cannot be reached and the model is not in the local cache"
+    except HfHubHTTPError as error:
+        reason = str(error).splitlines()[0]
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+    raise OSError(f"model: expected a folder or a hub id, got {name!r} ({reason})")
+
+
+def _family(folder: Path, patched: bool) -> str:
+    import json
+
+    try:
+        family = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"config.json: expected a JSON object, got {error}") from None
+    supported = patching.supported_families()
+    if patched and family not in supported:
+        raise ValueError(
+            f"model: expected a supported family ({', '.join(supported)}), got {family!r}; "
+            "unpatched it still works where transformers knows it"
+        )
+    return str(family)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No bar per tensor and no load report: what is wrong with a checkpoint becomes an error."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _load_model(folder: Path, family: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModel
+
+    import neobert  # noqa: F401  (registers NeoBERT)
+    from neobert import checkpoint
+
+    # The pooler is not used here, and checkpoints of sentence encoders often lack it.
+    options = {"add_pooling_layer": False} if family == "bert" else {}
+    with _quiet_loading(), checkpoint.readable(folder):
+        model, info = AutoModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    checkpoint.check_loaded(model, info, folder)
+    return model
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"model: expected tokenizer files in {folder}, got {reason}") from None
+    if not tokenizer.is_fast:
+        raise ValueError(f"model: expected a fast tokenizer, got {type(tokenizer).__name__}")
+    return tokenizer
+
+
+def _length(asked: int | None, settings: SentenceSettings, tokenizer: Any, config: Any) -> int:
+    most = int(config.max_position_embeddings)
+    if asked is not None and asked > most:
+        raise ValueError(f"max_length: expected at most {most} (this model's), got {asked}")
+    return asked or min(settings.max_length or most, int(tokenizer.model_max_length), most)
+
+
+def _digest(folder: Path) -> str:
+    """A short hash of the files that decide the numbers; of weights their size and both ends."""
+    digest = hashlib.sha256()
+    files = {*folder.glob("*.json"), *folder.glob("*/config.json"), *folder.glob("*.txt")}
+    for path in sorted({*files, *folder.glob("*.safetensors")}):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(size - (1 << 20), 0))
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,201 @@
+"""Streaming readers: texts from lines, JSON lines, Parquet columns, whole files and folders.
+
+A `Source` yields `Row`s in a fixed order and can start anywhere, so an interrupted job resumes.
+Memory stays bounded: one line, or one Parquet batch, at a time.
+
+Rules, the same on every platform:
+
+* Text is UTF-8, with or without a byte order mark. Lines end in LF or CRLF, and in nothing else.
+* ``.txt``: every line is a text; a blank line is the empty text.
+* ``.jsonl``: every line is an object with a string under ``field``.
+* ``.parquet``: every value of the string column ``column`` is a text.
+* A folder is read recursively in the order of its relative paths; hidden names are
+  left out, and links to folders are not followed.
+* ``whole_files``: every ``.txt`` and ``.md`` file is one text, and its relative path is its id.
+"""
+
+import hashlib
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from neobert.readers import (
+    READERS,
+    WHOLE_READERS,
+    InputError,
+    LineReader,
+    ReadOptions,
+    Row,
+    one_line,
+)
+
+STDIN = "-"
+
+
+class Source(ABC):
+    """Texts in a fixed order. `replayable` tells whether `rows` may be called again."""
+
+    name: str
+    options: ReadOptions
+    replayable: bool
+
+    @abstractmethod
+    def rows(self, skip: int = 0) -> Iterator[Row]:
+        """Every row after the first `skip` ones."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, str | int]:
+        """What tells this input from another one, as it is now."""
+
+
+class StreamSource(Source):
+    """Lines of standard input: read once, in order."""
+
+    name = "standard input"
+    replayable = False
+
+    def __init__(self, stream: BinaryIO, options: ReadOptions) -> None:
+        self._stream, self.options = stream, options
+
+    def rows(self, skip: int = 0) -> Iterator[Row]:
+        reader = LineReader(self._stream, self.name, self.options)
+        reader.skip(skip)
+        yield from reader
+
+    def identity(self) -> dict[str, str | int]:
+        return {"input": STDIN}
+
+
+class FileSource(Source):
+    """The rows of files, one file after the other."""
+
+    replayable = True
+
+    def __init__(self, root: Path, files: list[Path], options: ReadOptions) -> None:
+        self.name, self.options = str(root), options
+        self._root, self._files = root, files
+        self._readers = WHOLE_READERS if options.whole_files else READERS
+
+    def rows(self, skip: int = 0) -> Iterator[Row]:
+        for path in self._files:
+            reader = self._readers[path.suffix.lower()](path, self.options)
+            try:
+                if skip:
+                    skip -= reader.skip(skip)
+                if skip:
+                    continue
+                if self.options.whole_files:
+                    yield from (row._replace(id=self._label(path)) for row in reader)
+                else:
+                    yield from reader
+            finally:
+                reader.close()
+
+    def _label(self, path: Path) -> str:
+        """A name that does not depend on where the folder stands."""
+        return path.name if path == self._root else path.relative_to(self._root).as_posix()
+
+    def identity(self) -> dict[str, str | int]:
+        digest, size = hashlib.sha256(), 0
+        for path in self._files:
+            status = path.stat()
+            size += status.st_size
+            digest.update(f"{self._label(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        return {
+            "input": str(self._root.resolve()),
+            "input files": len(self._files),
+            "input bytes": size,
+            "input times": digest.hexdigest()[:16],
+        }
+
+
+def open_source(
+    path: str, options: ReadOptions | None = None, exclude: Collection[Path] = ()
+) -> Source:
+    """Open a file, a folder, or standard input (``"-"``, read as lines).
+
+    Args:
+        path: What the user named.
+        options: How texts are taken out; the defaults of `ReadOptions` if None.
+        exclude: Files and folders to leave out of a folder, such as the job's own output.
+
+    Raises:
+        InputError: Nothing there to read, or not in a form that is understood.
+    """
+    options = options or ReadOptions()
+    if path == STDIN:
+        if options.has_ids:
+            raise InputError("input: expected a file or folder for ids or whole files, got '-'")
+        return StreamSource(sys.stdin.buffer, options)
+    root = Path(path)
+    kinds = WHOLE_READERS if options.whole_files else READERS
+    expected = ", ".join(kinds)
+    if not root.exists():
+        raise InputError(f"input: expected an existing file or folder, got {path}")
+    if root.is_dir():
+        files = _walk(root, kinds, exclude)
+        if not files:
+            raise InputError(f"input: expected {expected} files in the folder, got none in {path}")
+    elif not root.is_file():
+        raise InputError(f"input: expected a regular file, got {path}; pipe it into --input -")
+    elif root.suffix.lower() not in kinds:
+        raise InputError(
+            f"input: expected a name ending in {expected}, got {path}"
+            + ("" if options.whole_files else " (lines of any file can be piped into --input -)")
+        )
+    else:
+        files = [root]
+    if options.id_column is not None and any(file.suffix.lower() == ".txt" for file in files):
+        raise InputError(f"id-column: expected .jsonl or .parquet input, got .txt files in {path}")
+    return FileSource(root, files, options)
+
+
+def _walk(root: Path, kinds: Collection[str], exclude: Collection[Path]) -> list[Path]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    left_out = {path.resolve() for path in exclude}
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root, onerror=fail):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and Path(folder, name).resolve() not in left_out
+        ]
+        for name in names:
+            path = Path(folder, name)
+            if name.startswith(".") or path.suffix.lower() not in kinds or _is_special(path):
+                continue
+            if path.resolve() not in left_out:
+                found.append(path)
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _is_special(path: Path) -> bool:
+    """A broken link is not special: opening it gives the error that the user should see."""
+    return path.exists() and not path.is_file()
+
+
+def source_record(source: Source) -> dict[str, Any]:
+    """What a saved index needs to open its texts again with `source_from_record`."""
+    return {**vars(source.options), "identity": source.identity()}
+
+
+def source_from_record(record: Mapping[str, Any], exclude: Collection[Path] = ()) -> Source:
+    """Open the texts that an index was made from; `exclude` as in `open_source`.
+
+    Raises:
+        InputError: They were standard input, are gone, or the record is not understood.
+    """
+    try:
+        identity = dict(record["identity"])
+        options = ReadOptions(**{k: v for k, v in record.items() if k != "identity"})
+        path = str(identity["input"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"index: expected a record of its input, got {one_line(error)}") from None
+    if path == STDIN:
+        raise InputError("texts: expected the index's input to be a file, got standard input")
+    return open_source(path, options, exclude)

@@ -1,0 +1,424 @@
+"""Embedding files that appear whole or not at all, and resume after a kill.
+
+While a job runs, ``<output>.partial/`` holds the rows done so far and a small state file; the state
+is replaced only after its rows are on disk, so it never counts a row that could be lost, and rows
+beyond it are cut off on resume. The output is built there too and moves to its name in one step.
+
+* ``.npy``: float32 ``[rows, dim]``, with a description beside it in ``<output>.json``.
+* ``.parquet``: ``row`` int64, ``id`` string (if the input has ids), ``embedding``
+  fixed_size_list<float32>[dim], with the same description in the schema's metadata.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from neobert.readers import InputError, one_line
+
+FORMATS = (".npy", ".parquet")
+METADATA_KEY = b"neobert"
+PARQUET_GROUP_ROWS = 16384
+
+_HEADER_BYTES = 128
+_STATE_VERSION = 1
+
+
+class OutputError(OSError):
+    """Writing failed; the message says what is kept and how to go on."""
+
+
+@dataclass
+class State:
+    """What ``state.json`` holds. `job` is everything that decides the numbers in the output."""
+
+    job: dict[str, Any] = field(default_factory=dict)
+    texts: int | None = None
+    rows: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    seconds: float = 0.0
+    id_bytes: int = 0
+    digest: str = ""
+    finished: bool = False
+
+
+def check_output(path: str, overwrite: bool = False, restart: bool = False) -> Path:
+    """The output's path, if a job may write there.
+
+    Raises:
+        InputError: Unknown format, no such folder, or the file exists and ``overwrite`` is False.
+    """
+    output = Path(path)
+    if output.suffix.lower() not in FORMATS:
+        raise InputError(f"output: expected a name ending in {' or '.join(FORMATS)}, got {path}")
+    if not output.parent.is_dir():
+        raise InputError(f"output: expected an existing folder, got {output.parent}")
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"output: expected a writable folder, got {output.parent}")
+    if output.is_dir():
+        raise InputError(f"output: expected a file name, got the folder {path}")
+    # A job killed in its very last steps left both the output and a finished state.
+    if output.exists() and not overwrite and (restart or not _published(output)):
+        raise InputError(
+            f"output: expected a new file, got {path}, which exists (--overwrite replaces it)"
+        )
+    if output.suffix.lower() == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError:
+            raise InputError(
+                "output: expected pyarrow to be installed for .parquet, got none; "
+                "pip install 'neobert-kernels[parquet]'"
+            ) from None
+    return output
+
+
+def partial_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
+def sidecar(output: Path) -> Path:
+    """Where the description of a ``.npy`` output stands."""
+    return output.with_name(f"{output.name}.json")
+
+
+class Partial:
+    """The rows of an unfinished job; also the only writer of its output.
+
+    Use `Partial.open`, then `append` in order, then `finish`; `close` in any case.
+    """
+
+    def __init__(self, output: Path, folder: Path, lock: BinaryIO, state: State) -> None:
+        self.output, self.folder, self.state = output, folder, state
+        self._lock = lock
+        self._dim = 0
+        self._data: BinaryIO | None = None
+        self._ids: BinaryIO | None = None
+
+    @classmethod
+    def open(cls, output: Path, restart: bool = False) -> "Partial":
+        """Take up the job in ``<output>.partial/``, or begin one there.
+
+        Raises:
+            InputError: Another process is writing, or the state cannot be read.
+        """
+        folder = partial_folder(output)
+        with _writing(output, folder, 0):
+            folder.mkdir(exist_ok=True)
+            lock = _lock(folder)
+        try:
+            if restart:
+                _clear(folder)
+            state = _load_state(folder / "state.json")
+            if not state.rows and not state.finished:
+                _clear(folder)
+                state = State()
+        except BaseException:
+            lock.close()
+            raise
+        return cls(output, folder, lock, state)
+
+    def require_same(self, job: Mapping[str, Any]) -> None:
+        """Refuse to mix rows of two different jobs.
+
+        Raises:
+            InputError: The rows on disk were made with other values; the message names them.
+        """
+        if not self.state.rows:
+            return
+        changed = [
+            f"{key} was {self.state.job.get(key)!r}, now {value!r}"
+            for key, value in job.items()
+            if self.state.job.get(key) != value
+        ]
+        if changed:
+            raise InputError(
+                f"resume: expected the command that began {self.folder}, got {'; '.join(changed)} "
+                f"(--restart discards its {self.state.rows:,} rows)"
+            )
+
+    def begin(self, job: Mapping[str, Any], dim: int, with_ids: bool) -> None:
+        """Open the data for appending and cut off what the state does not count."""
+        with _writing(self.output, self.folder, self.state.rows):
+            self.state.job = dict(job)
+            self._dim = dim
+            self._data = _open_at(self._data_path, _HEADER_BYTES + self.state.rows * dim * 4)
+            if with_ids and self.output.suffix.lower() == ".parquet":
+                self._ids = _open_at(self._ids_path, self.state.id_bytes)
+            self._save_state()
+
+    def append(
+        self,
+        embeddings: np.ndarray,
+        ids: Sequence[str] = (),
+        *,
+        tokens: int = 0,
+        truncated: int = 0,
+        seconds: float = 0.0,
+        digest: str = "",
+    ) -> None:
+        """Add rows ``[n, dim]`` float32; when this returns they survive a kill or power cut."""
+        assert self._data is not None
+        assert embeddings.ndim == 2
+        assert embeddings.shape[1] == self._dim
+        state = self.state
+        with _writing(self.output, self.folder, state.rows):
+            rows = np.ascontiguousarray(embeddings, dtype="<f4")
+            _write_all(self._data, memoryview(rows.tobytes()))
+            os.fsync(self._data.fileno())
+            id_bytes = state.id_bytes
+            if self._ids is not None:
+                assert len(ids) == len(rows)
+                data = "".join(json.dumps(i) + "\n" for i in ids).encode()
+                _write_all(self._ids, memoryview(data))
+                os.fsync(self._ids.fileno())
+                id_bytes += len(data)
+            self._save_state(
+                rows=state.rows + len(rows),
+                tokens=state.tokens + tokens,
+                truncated=state.truncated + truncated,
+                seconds=state.seconds + seconds,
+                id_bytes=id_bytes,
+                digest=digest,
+            )
+
+    def finish(self, description: Mapping[str, Any], overwrite: bool = False) -> None:
+        """Build the output, move it to its name and remove the partial folder."""
+        assert self._data is not None
+        if self.output.exists() and not overwrite:
+            raise OutputError(
+                f"{self.output} appeared while its rows were made; run again with --overwrite"
+            )
+        with _writing(self.output, self.folder, self.state.rows):
+            if self.output.suffix.lower() == ".npy":
+                self._finish_npy(description)
+            else:
+                self._finish_parquet(description)
+            self._save_state(finished=True)
+            self.close_files()
+            self.publish()
+
+    def publish(self) -> None:
+        """The last steps of `finish`; safe to repeat after a kill between any two of them."""
+        for staged, name in (
+            (self.folder / "description.json", sidecar(self.output)),
+            (self._final_path, self.output),
+        ):
+            if staged.exists():
+                os.replace(staged, name)
+        _sync_folder(self.output.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        self.close()
+        shutil.rmtree(self.folder)
+
+    def close_files(self) -> None:
+        for file in (self._data, self._ids):
+            if file is not None:
+                file.close()
+
+    def close(self) -> None:
+        self.close_files()
+        self._lock.close()
+
+    @property
+    def _data_path(self) -> Path:
+        return self.folder / "rows.npy"
+
+    @property
+    def _ids_path(self) -> Path:
+        return self.folder / "ids.jsonl"
+
+    @property
+    def _final_path(self) -> Path:
+        is_npy = self.output.suffix.lower() == ".npy"
+        return self._data_path if is_npy else self.folder / "final.parquet"
+
+    def _save_state(self, **changes: Any) -> None:
+        for name, value in changes.items():
+            setattr(self.state, name, value)
+        content = {"version": _STATE_VERSION, **asdict(self.state)}
+        write_atomically(self.folder / "state.json", json.dumps(content, indent=1) + "\n")
+
+    def _finish_npy(self, description: Mapping[str, Any]) -> None:
+        assert self._data is not None
+        self._data.seek(0)
+        _write_all(self._data, memoryview(_npy_header(self.state.rows, self._dim)))
+        os.fsync(self._data.fileno())
+        write_atomically(self.folder / "description.json", json.dumps(description, indent=1) + "\n")
+
+    def _finish_parquet(self, description: Mapping[str, Any]) -> None:
+        """Copy the rows group by group: a Parquet file's footer cannot be appended to."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = [pa.field("row", pa.int64(), nullable=False)]
+        if self._ids is not None:
+            columns.append(pa.field("id", pa.string(), nullable=False))
+        columns.append(pa.field("embedding", pa.list_(pa.float32(), self._dim), nullable=False))
+        schema = pa.schema(columns, metadata={METADATA_KEY: json.dumps(description)})
+        with open(self._final_path, "wb") as file:
+            with pq.ParquetWriter(
+                file, schema, use_dictionary=False, compression="none", write_statistics=["row"]
+            ) as writer:
+                for start, block, ids in self._groups():
+                    values = pa.array(block.reshape(-1))
+                    arrays = [pa.array(np.arange(start, start + len(block), dtype=np.int64))]
+                    if self._ids is not None:
+                        arrays.append(pa.array(ids, pa.string()))
+                    arrays.append(pa.FixedSizeListArray.from_arrays(values, self._dim))
+                    writer.write_table(pa.table(arrays, schema=schema))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _groups(self) -> Iterator[tuple[int, np.ndarray, list[str]]]:
+        with contextlib.ExitStack() as stack:
+            data = stack.enter_context(open(self._data_path, "rb"))
+            data.seek(_HEADER_BYTES)
+            lines = stack.enter_context(open(self._ids_path, "rb")) if self._ids else None
+            for start in range(0, self.state.rows, PARQUET_GROUP_ROWS):
+                count = min(PARQUET_GROUP_ROWS, self.state.rows - start)
+                block = np.fromfile(data, "<f4", count * self._dim).reshape(count, self._dim)
+                ids = [json.loads(lines.readline()) for _ in range(count)] if lines else []
+                yield start, block, ids
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file that a kill leaves either old or new, never half."""
+    staged = path.with_name(f"{path.name}.new")
+    with open(staged, "wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, path)
+    _sync_folder(path.parent)
+
+
+def read_description(output: Path) -> dict[str, Any]:
+    """The description of a finished output, or an empty one if it has none.
+
+    Raises:
+        InputError: The description is not JSON.
+    """
+    try:
+        if output.suffix.lower() == ".npy":
+            path = sidecar(output)
+            content = path.read_bytes() if path.exists() else b"{}"
+        else:
+            import pyarrow.parquet as pq
+
+            content = (pq.read_schema(output).metadata or {}).get(METADATA_KEY, b"{}")
+        return dict(json.loads(content))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"index: expected a description of {output}, got {one_line(error)}"
+        ) from None
+
+
+def _published(output: Path) -> bool:
+    """True if a killed job had already moved this output into place."""
+    try:
+        return _load_state(partial_folder(output) / "state.json").finished
+    except InputError:
+        return False
+
+
+def _load_state(path: Path) -> State:
+    try:
+        content = json.loads(path.read_bytes())
+        if content.pop("version") != _STATE_VERSION:
+            raise ValueError("another version")
+        return State(**content)
+    except FileNotFoundError:
+        return State()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"resume: expected a state in {path}, got {one_line(error)} (--restart discards it)"
+        ) from None
+
+
+def _lock(folder: Path) -> BinaryIO:
+    """Hold the folder until the process ends, however it ends."""
+    file = open(folder / "lock", "wb")  # noqa: SIM115
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"output: expected one job in {folder}, got a second one") from None
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks: the user takes care
+    return file
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "lock":
+            path.unlink()
+
+
+def _open_at(path: Path, size: int) -> BinaryIO:
+    """Open for appending at ``size``, the length that the state vouches for."""
+    path.touch()
+    file = open(path, "r+b", buffering=0)  # noqa: SIM115
+    if size > _HEADER_BYTES and os.fstat(file.fileno()).st_size < size:
+        file.close()
+        raise InputError(
+            f"resume: expected at least {size} bytes in {path}, got fewer (--restart discards them)"
+        )
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _write_all(file: BinaryIO, data: memoryview) -> None:
+    """Unbuffered files may take only a part at a time, and do so on a full disk."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def _npy_header(rows: int, dim: int) -> bytes:
+    """Version 1.0 header, padded with spaces to the reserved size: numpy.lib.format."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
+    prefix = b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little")
+    return prefix + text.encode().ljust(_HEADER_BYTES - 11) + b"\n"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames durable; Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _writing(output: Path, folder: Path, rows: int) -> Iterator[None]:
+    """Turn a failed write into one line that says what is kept."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        reason = os.strerror(error.errno)
+        hint = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        kept = f"{rows:,} rows are kept in {folder}, " if rows else ""
+        raise OutputError(
+            f"{output}: {reason}; {kept}{hint}run the same command again to "
+            + ("resume" if rows else "begin")
+        ) from error

@@ -1,0 +1,102 @@
+"""Argument checks of the public functions: an error names the argument, the rule and the value.
+
+Checks that would have to read values off a GPU are made on CPU tensors only: no call may cost a
+device synchronisation.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def error(name: str, rule: str, value: object) -> ValueError:
+    return ValueError(f"{name}: expected {rule}, got {value}")
+
+
+def tensor(name: str, value: Any, *, ndim: int | None = None, least_ndim: int = 0) -> None:
+    if not isinstance(value, Tensor):
+        raise error(name, "a torch.Tensor", type(value).__name__)
+    if ndim is not None and value.ndim != ndim:
+        raise error(name, f"{ndim} dimensions", f"shape {tuple(value.shape)}")
+    if value.ndim < least_ndim:
+        raise error(name, f"at least {least_ndim} dimension(s)", f"shape {tuple(value.shape)}")
+
+
+def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype] = DTYPES) -> None:
+    if value.dtype not in allowed:
+        rule = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise error(name, f"dtype {rule}", str(value.dtype).removeprefix("torch."))
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int]) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise error(name, f"shape {tuple(expected)}", tuple(value.shape))
+
+
+def device(name: str, value: Tensor, expected: torch.device) -> None:
+    if value.device != expected:
+        raise error(name, f"device {expected}", value.device)
+
+
+def like(name: str, value: Any, other_name: str, other: Tensor) -> None:
+    """``value`` must have the shape, dtype and device of ``other``."""
+    tensor(name, value)
+    for what in ("shape", "dtype", "device"):
+        mine, theirs = getattr(value, what), getattr(other, what)
+        if mine != theirs:
+            raise error(name, f"the {what} of {other_name} ({_plain(theirs)})", _plain(mine))
+
+
+def channels(name: str, value: Any, weight_name: str, weight: Any, most: int) -> None:
+    """``value [..., C]`` in a supported dtype with a matching ``weight [C]`` on its device."""
+    tensor(name, value, least_ndim=1)
+    dtype(name, value)
+    if not 1 <= value.shape[-1] <= most:
+        raise error(name, f"1 to {most} channels", value.shape[-1])
+    vector(weight_name, weight, value.shape[-1], value.device)
+
+
+def vector(name: str, value: Any, size: int, where: torch.device) -> None:
+    tensor(name, value)
+    dtype(name, value)
+    shape(name, value, (size,))
+    device(name, value, where)
+
+
+def positive(name: str, value: float, *, zero: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise error(name, "a number", type(value).__name__)
+    if not (value >= 0 if zero else value > 0) or value == float("inf"):
+        raise error(
+            name, "a finite number, at least 0" if zero else "a finite number over 0", value
+        )
+
+
+def cu_seqlens(value: Any, tokens: int, where: torch.device, name: str = "cu_seqlens") -> None:
+    """Document boundaries ``[B + 1]``: int32, from 0 to ``tokens``, never falling."""
+    tensor(name, value, ndim=1)
+    dtype(name, value, (torch.int32,))
+    device(name, value, where)
+    if value.numel() < 1:
+        raise error(name, "at least one element", "none")
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds = value.tolist()
+    if bounds[0] != 0:
+        raise error(name, "a first element of 0", bounds[0])
+    if bounds[-1] != tokens:
+        raise error(name, f"a last element equal to the number of tokens ({tokens})", bounds[-1])
+    for i, (low, high) in enumerate(itertools.pairwise(bounds)):
+        if high < low:
+            raise error(name, "values that never fall", f"{low} then {high} at index {i}")
+
+
+def _plain(value: Any) -> object:
+    if isinstance(value, torch.Size):
+        return tuple(value)
+    return str(value).removeprefix("torch.")

@@ -1,0 +1,134 @@
+"""How an operator is registered, which implementation runs, and how a kernel is launched."""
+
+import functools
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neobert_kernels import _triton
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Explicit, because Triton 3.10 flips the default: the bits of a kernel must not depend on it.
+FP_FUSION = {"enable_fp_fusion": True}
+
+TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One compiled form of a kernel: what `neobert_kernels.aot` builds without a GPU.
+
+    ``signature`` gives every argument a Triton type; ``aligned`` names the pointers and integers
+    that are divisible by 16. ``memory_bound`` kernels owe 16-byte global accesses, and a
+    ``supported`` launch must not spill.
+    """
+
+    kernel: Any
+    name: str
+    case: str
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+    aligned: tuple[str, ...] = ()
+    memory_bound: bool = True
+    supported: bool = True
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A public function, its contract, and its kernels (none while it has only a reference)."""
+
+    name: str
+    public: Callable
+    reference: Callable
+    kernels: tuple[Any, ...] = ()
+    launches: Callable[[int], Iterator[Launch]] | None = None
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def operator(
+    public: Callable,
+    reference: Callable,
+    kernels: tuple[Any, ...] = (),
+    launches: Callable[[int], Iterator[Launch]] | None = None,
+) -> None:
+    """Enter a public function into `OPERATORS`, where doctor, aot and the tests find it."""
+    name = public.__name__
+    OPERATORS[name] = Operator(name, public, reference, kernels, launches)
+
+
+def load_operators() -> dict[str, Operator]:
+    """Import every module under ``neobert_kernels.ops``; return all operators by name."""
+    package = importlib.import_module("neobert_kernels.ops")
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+    return dict(sorted(OPERATORS.items()))
+
+
+def implementation(name: str, device: torch.device | str = "cpu") -> str:
+    """What runs for operator ``name``: "triton", "triton-interpreter" or "reference"."""
+    if not OPERATORS[name].kernels or not _triton.AVAILABLE:
+        return "reference"
+    if torch.device(device).type == "cuda":
+        return "triton"
+    return "triton-interpreter" if INTERPRET else "reference"
+
+
+def register(schema: str, launch: Callable, fake: Callable) -> Any:
+    """Define ``neobert::<schema>``, attach its launcher and shape function, return its handle.
+
+    The handle is not differentiable: call it from an ``autograd.Function``.
+    """
+    name = schema.partition("(")[0]
+    torch.library.define(f"neobert::{name}", schema.removeprefix(name))
+    torch.library.impl(f"neobert::{name}", ("cpu", "cuda"), launch)
+    torch.library.register_fake(f"neobert::{name}", fake)
+    return getattr(torch.ops.neobert, name).default
+
+
+def use_kernel(x: Tensor) -> bool:
+    """True for CUDA tensors, and for every tensor while Triton's interpreter is on."""
+    if not (x.is_cuda or INTERPRET):
+        return False
+    if not _triton.AVAILABLE:
+        raise RuntimeError(
+            "triton: expected an installed package for tensors on "
+            f"{x.device}, got none (pip install triton)"
+        )
+    return True
+
+
+@functools.cache
+def _sm_count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def resident_programs(x: Tensor, per_sm: int) -> int:
+    """Programs that a GPU runs at once at ``per_sm`` a multiprocessor; 4 in the interpreter."""
+    return _sm_count(x.device.index) * per_sm if x.is_cuda else 4
+
+
+def signature(kernel: Any, dtype: torch.dtype, **types: str) -> dict[str, str]:
+    """Triton types of a kernel's arguments by our naming rules.
+
+    ``*_ptr`` points to ``dtype``, constexprs are constexprs, the rest is i32; ``types`` overrides.
+    """
+    element = TRITON_TYPES[dtype]
+
+    def of(parameter: Any) -> str:
+        if parameter.is_constexpr:
+            return "constexpr"
+        name = parameter.name
+        return types.get(name) or (f"*{element}" if name.endswith("_ptr") else "i32")
+
+    return {p.name: of(p) for p in kernel.params}

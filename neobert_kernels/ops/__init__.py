@@ -1,0 +1,1 @@
+"""One operator, one module: mathematics, reference, kernels, registration, public function."""

@@ -1,0 +1,152 @@
+"""One call's input in packed form, however the caller laid it out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neobert_kernels import _check
+from neobert_kernels._packed import Packing, full, restarting_positions, unpad
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Documents end to end: boundaries, positions, and the way back to the caller's layout.
+
+    Attributes:
+        cu_seqlens: ``[B + 1]`` int32.
+        max_seqlen: The longest document.
+        positions: ``[T]`` int64.
+        packing: How a padded batch was packed; None if the caller packed it.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    positions: Tensor
+    packing: Packing | None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``[B, S, ...]`` (packed: ``[1, T, ...]``) to ``[T, ...]``."""
+        return x.flatten(0, 1) if self.packing is None else self.packing.pack(x)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """``[T, ...]`` back to what the caller sent; zeros at the padding."""
+        return x[None] if self.packing is None else self.packing.unpack(x)
+
+
+def read_batch(
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    kwargs: dict[str, Any],
+    longest: int,
+) -> Batch:
+    """Find the documents of a call.
+
+    Args:
+        tokens: ``input_ids [B, S]`` or ``inputs_embeds [B, S, C]``.
+        attention_mask: ``[B, S]`` or None for a batch without padding.
+        position_ids: ``[B, S]`` or ``[1, S]``. With one row and no mask, positions that restart at
+            0 mean packed documents.
+        kwargs: May hold ``cu_seq_lens_q`` and ``max_length_q`` (or ``cu_seqlens`` and
+            ``max_seqlen``) of a packed ``[1, T]`` input; they are taken out.
+        longest: The model's maximum length in tokens.
+
+    Raises:
+        ValueError: A shape or a combination breaks the rules above, or a document is too long.
+    """
+    rows, length = tokens.shape[:2]
+    if position_ids is not None:
+        _check.tensor("position_ids", position_ids, ndim=2)
+        _check.shape("position_ids", position_ids, (1 if len(position_ids) == 1 else rows, length))
+    bounds = _boundaries(tokens, attention_mask, position_ids, kwargs)
+    if bounds is not None:
+        cu_seqlens, max_seqlen = bounds
+        _check_length(max_seqlen, longest)
+        if position_ids is None:
+            positions = restarting_positions(cu_seqlens, length)
+        else:
+            positions = position_ids[0]
+        return Batch(cu_seqlens, max_seqlen, positions, packing=None)
+    _check_length(length, longest)
+    if attention_mask is None:
+        packing = full(rows, length, tokens.device)
+    else:
+        _check.tensor("attention_mask", attention_mask, ndim=2)
+        _check.shape("attention_mask", attention_mask, (rows, length))
+        _check.device("attention_mask", attention_mask, tokens.device)
+        packing = unpad(attention_mask)
+    if position_ids is None:
+        positions = packing.positions
+    else:
+        positions = packing.pack(position_ids.expand(rows, length))
+    return Batch(packing.cu_seqlens, packing.max_seqlen, positions, packing)
+
+
+def _check_length(length: int, longest: int) -> None:
+    if length > longest:
+        raise _check.error("input_ids", f"at most {longest} tokens a document", length)
+
+
+def _boundaries(
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, int] | None:
+    """``(cu_seqlens, max_seqlen)`` of an input that the caller packed, else None."""
+    found = None
+    for lengths, longest in (("cu_seq_lens_q", "max_length_q"), ("cu_seqlens", "max_seqlen")):
+        cu_seqlens, max_seqlen = kwargs.pop(lengths, None), kwargs.pop(longest, None)
+        if cu_seqlens is not None:
+            if max_seqlen is None:
+                raise _check.error(longest, f"the longest length beside {lengths}", None)
+            found = (cu_seqlens, int(max_seqlen))
+    other, _ = kwargs.pop("cu_seq_lens_k", None), kwargs.pop("max_length_k", None)
+    if found is not None:
+        if len(tokens) != 1:
+            raise _check.error("input_ids", "one row when packed", f"{len(tokens)} rows")
+        if attention_mask is not None:
+            raise _check.error("attention_mask", "None when packed", tuple(attention_mask.shape))
+        _check.cu_seqlens(found[0], tokens.shape[1], tokens.device)
+        if other is not None and other is not found[0] and other.shape != found[0].shape:
+            rule = f"the documents of cu_seq_lens_q {tuple(found[0].shape)}"
+            raise _check.error("cu_seq_lens_k", rule, tuple(other.shape))
+        return found
+    if position_ids is None or attention_mask is not None or len(tokens) != 1:
+        return None
+    positions = position_ids[0]
+    starts = (positions == 0).nonzero().squeeze(1)
+    if len(starts) < 2:
+        return None
+    bounds = torch.cat([starts, starts.new_tensor([len(positions)])]).int()
+    if not torch.equal(positions, restarting_positions(bounds, len(positions)).to(positions)):
+        raise _check.error(
+            "position_ids", "0, 1, 2, ... from each restart", "positions that skip or repeat"
+        )
+    return bounds, int(bounds.diff().max())
+
+
+def setting(kwargs: dict[str, Any], name: str, config: Any) -> bool:
+    """A call's output option, or the config's default for it; taken out of ``kwargs``."""
+    value = kwargs.pop(name, None)
+    return bool(getattr(config, name, False) if value is None else value)
+
+
+def refuse_attentions(kwargs: dict[str, Any], config: Any) -> None:
+    if setting(kwargs, "output_attentions", config):
+        raise _check.error(
+            "output_attentions",
+            "False in a patched model (fused attention never forms the weights; unpatch first)",
+            True,
+        )
+
+
+def refuse_attention_dropout(training: bool, probability: float) -> None:
+    if training and probability > 0:
+        raise _check.error(
+            "attention dropout",
+            "0 while training a patched model (set it in the config, or unpatch)",
+            probability,
+        )

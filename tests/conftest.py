@@ -1,0 +1,29 @@
+"""Settings of every test: a seed, and NaN in every buffer that nothing has written."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # read by Triton; pins FMA contraction
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # parity.py
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_poison() -> Iterator[None]:
+    """An output that a kernel left unwritten is NaN, so it cannot pass."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,56 @@
+"""The error budget: an operator may be twice as far from float64 as its same-dtype reference.
+
+A rounding floor of ``ulps`` units in the last place of the largest value is added, because a
+reference may happen to be exact. Tolerances come from here and nowhere else.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def assert_within_budget(
+    actual: Tensor, rounded: Tensor, exact: Tensor, what: str = "output", ulps: float = 2
+) -> None:
+    """``actual`` may be twice as far from ``exact`` (float64) as ``rounded`` (same dtype) is."""
+    assert (actual.dtype, actual.shape) == (rounded.dtype, rounded.shape), what
+    assert exact.dtype == torch.float64, f"{what}: the oracle computed in {exact.dtype}"
+    if not exact.numel():
+        return
+    floor = ulps * torch.finfo(actual.dtype).eps * exact.abs().max()
+    budget = 2 * (rounded.double() - exact).abs().max() + floor
+    error = (actual.double() - exact).abs().max()
+    assert error <= budget, f"{what}: error {error:.3e} over budget {budget:.3e}"
+
+
+def _outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def outputs_and_gradients(fn: Callable, inputs: Sequence[Any], grads: Sequence[Tensor]) -> list:
+    """Every output of ``fn`` and the gradient of every floating-point input."""
+    leaves = [
+        t.detach().clone().requires_grad_() if _is_float(t) else t for t in inputs
+    ]  # clone keeps the strides of dense tensors
+    outs = _outputs(fn(*leaves))
+    roots = [(out, g.to(out.dtype)) for out, g in zip(outs, grads, strict=True)]
+    torch.autograd.backward([out for out, _ in roots], [g for _, g in roots])
+    return [out.detach() for out in outs] + [t.grad for t in leaves if _is_float(t)]
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def assert_parity(op: Callable, reference: Callable, inputs: Sequence[Any]) -> None:
+    """Compare outputs and every gradient of ``op`` with ``reference`` run in float64."""
+    with torch.no_grad():
+        grads = [torch.randn_like(out) for out in _outputs(op(*inputs))]
+    actual = outputs_and_gradients(op, inputs, grads)
+    rounded = outputs_and_gradients(reference, inputs, grads)
+    wide = [t.double() if _is_float(t) else t for t in inputs]
+    exact = outputs_and_gradients(reference, wide, grads)
+    for i, (a, r, e) in enumerate(zip(actual, rounded, exact, strict=True)):
+        assert_within_budget(a, r, e, f"value {i} of {len(actual)}")
