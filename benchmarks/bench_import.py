@@ -4,6 +4,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ print(middle - began, time.perf_counter() - middle)
 """
 
 
-def test_import_time(quick: bool, once: Callable[..., object], record: Callable[..., None]) -> None:
+def test_import_time(quick: bool, once: Callable[..., Any], record: Callable[..., None]) -> None:
     def fresh_process() -> tuple[float, ...]:
         done = subprocess.run(
             [sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True
@@ -45,7 +46,7 @@ def test_host_time_of_one_call(
     grad: bool,
     quick: bool,
     device: str,
-    once: Callable[..., object],
+    once: Callable[..., Any],
     record: Callable[..., None],
 ) -> None:
     """On a GPU the call returns before the kernel ends; on a CPU the reference's work is in it."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def hidden(model: NeoBERTModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.
 
 
 def test_neobert_ragged_batch(
-    quick: bool, device: str, once: Callable[..., object], record: Callable[..., None]
+    quick: bool, device: str, once: Callable[..., Any], record: Callable[..., None]
 ) -> None:
     if device == "cuda":
         pytest.skip("measures the CPU")

@@ -41,7 +41,7 @@ def test_rms_norm(
     width: int,
     quick: bool,
     device: str,
-    once: Callable[..., object],
+    once: Callable[..., Any],
     record: Callable[..., None],
 ) -> None:
     ours, reference, eager, arguments = OPS[name]

@@ -4,25 +4,21 @@ A class registered here comes before code that a model repository offers, so
 ``AutoModel.from_pretrained("chandar-lab/NeoBERT")`` builds `NeoBERTModel` and runs no remote code.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from neobert.config import NeoBERTConfig
-from neobert.heads import (
-    NeoBERTForMaskedLM,
-    NeoBERTForQuestionAnswering,
-    NeoBERTForSequenceClassification,
-    NeoBERTForTokenClassification,
-)
-from neobert.model import NeoBERTModel
-from neobert.tokenization import NeoBERTTokenizer
+from neobert import _auto
+
+if TYPE_CHECKING:
+    from neobert.config import NeoBERTConfig
+    from neobert.heads import (
+        NeoBERTForMaskedLM,
+        NeoBERTForQuestionAnswering,
+        NeoBERTForSequenceClassification,
+        NeoBERTForTokenClassification,
+    )
+    from neobert.model import NeoBERTModel
+    from neobert.tokenization import NeoBERTTokenizer
 
 __all__ = [
     "NeoBERTConfig",
@@ -34,14 +30,23 @@ __all__ = [
     "NeoBERTTokenizer",
 ]
 
-AutoConfig.register(NeoBERTConfig.model_type, NeoBERTConfig, exist_ok=True)
-AutoTokenizer.register(NeoBERTConfig, NeoBERTTokenizer, exist_ok=True)
-AutoModel.register(NeoBERTConfig, NeoBERTModel, exist_ok=True)
-AutoModelForMaskedLM.register(NeoBERTConfig, NeoBERTForMaskedLM, exist_ok=True)
-AutoModelForSequenceClassification.register(
-    NeoBERTConfig, NeoBERTForSequenceClassification, exist_ok=True
-)
-AutoModelForTokenClassification.register(
-    NeoBERTConfig, NeoBERTForTokenClassification, exist_ok=True
-)
-AutoModelForQuestionAnswering.register(NeoBERTConfig, NeoBERTForQuestionAnswering, exist_ok=True)
+_MODULE_OF = dict.fromkeys(__all__, "heads") | {
+    "NeoBERTConfig": "config",
+    "NeoBERTModel": "model",
+    "NeoBERTTokenizer": "tokenization",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'neobert' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"neobert.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_auto.register_with_transformers()

@@ -70,7 +70,7 @@ class NeoBERTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for names, kind, least in _LEAST:
             for name in names:
-                value = getattr(self, name)
+                value: Any = getattr(self, name)
                 if not isinstance(value, kind) or value < least:
                     a = "an integer" if kind is int else "a number"
                     raise _check.error(name, f"{a} of at least {least}", repr(value))

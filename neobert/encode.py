@@ -32,6 +32,7 @@ WINDOW = 4096
 MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json"]
 
 
@@ -131,7 +132,7 @@ class Encoder:
             settings.prompt,
         )
         network = _load_model(folder, family, DTYPES[dtype]).to(where).eval()
-        tokenizer = _load_tokenizer(folder)
+        tokenizer = _load_tokenizer(folder, network.config.vocab_size)
         length = _length(max_length, settings, tokenizer, network.config)
         report = nk.patch(network) if patched else None
         fingerprint: dict[str, str | int] = {
@@ -460,9 +461,12 @@ def _load_model(folder: Path, family: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def _load_tokenizer(folder: Path, vocabulary: int) -> Any:
     from transformers import AutoTokenizer
 
+    # Without any of them transformers builds a tokenizer that knows no word.
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise OSError(f"model: expected one of {', '.join(_VOCABULARIES)} in {folder}, got none")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -470,6 +474,9 @@ def _load_tokenizer(folder: Path) -> Any:
         raise OSError(f"model: expected tokenizer files in {folder}, got {reason}") from None
     if not tokenizer.is_fast:
         raise ValueError(f"model: expected a fast tokenizer, got {type(tokenizer).__name__}")
+    if len(tokenizer) > vocabulary:
+        rule = f"a tokenizer of at most {vocabulary} tokens (the model's vocab_size)"
+        raise ValueError(f"model: expected {rule}, got {len(tokenizer)}")
     return tokenizer
 
 
@@ -481,14 +488,12 @@ def _length(asked: int | None, settings: SentenceSettings, tokenizer: Any, confi
 
 
 def _digest(folder: Path) -> str:
-    """A short hash of the files that decide the numbers; of weights their size and both ends."""
+    """A short hash of every file that decides the numbers (about a second per GB of weights)."""
     digest = hashlib.sha256()
     files = {*folder.glob("*.json"), *folder.glob("*/config.json"), *folder.glob("*.txt")}
     for path in sorted({*files, *folder.glob("*.safetensors")}):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
         with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(size - (1 << 20), 0))
-            digest.update(file.read(1 << 20))
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()[:16]

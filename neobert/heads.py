@@ -27,6 +27,11 @@ from neobert_kernels import _check
 IGNORE_INDEX = -100
 
 
+def wide(logits: Tensor) -> Tensor:
+    """16-bit logits in float32; wider ones as they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -36,7 +41,7 @@ def cross_entropy(
     """Mean over the labels that are not ``ignore_index``, or the sum over ``items``, in float32."""
     labels = labels.to(logits.device).flatten()
     total = F.cross_entropy(
-        logits.float().flatten(0, -2), labels, ignore_index=ignore_index, reduction="sum"
+        wide(logits).flatten(0, -2), labels, ignore_index=ignore_index, reduction="sum"
     )
     if items is None:
         items = (labels != ignore_index).sum().clamp(min=1)
@@ -156,11 +161,12 @@ class NeoBERTForSequenceClassification(_Classifier):
             return cross_entropy(logits, labels, items)
         if labels.numel() != logits.numel():
             raise _check.error("labels", f"{logits.numel()} values", labels.numel())
-        labels = labels.to(logits.device).reshape(logits.shape).float()
+        logits = wide(logits)
+        labels = labels.to(logits).reshape(logits.shape)
         if self.config.problem_type == "regression":
-            total = F.mse_loss(logits.float(), labels, reduction="sum")
+            total = F.mse_loss(logits, labels, reduction="sum")
         else:
-            total = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
+            total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
         return total / (max(labels.numel(), 1) if items is None else items)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers.models.bert.tokenization_bert import BertTokenizer
+from transformers.models.bert.tokenization_bert import BertTokenizer, load_vocab
 
 from neobert.config import NeoBERTConfig
 
@@ -15,7 +15,15 @@ class NeoBERTTokenizer(BertTokenizer):
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
-    def __init__(self, *args: Any, model_max_length: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        vocab: str | dict[str, int] | None = None,
+        *args: Any,
+        model_max_length: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(vocab, str):  # a path, which newer releases of tokenizers no longer read
+            vocab = load_vocab(vocab)
         if model_max_length is None:
             model_max_length = NeoBERTConfig.max_length
-        super().__init__(*args, model_max_length=model_max_length, **kwargs)
+        super().__init__(vocab, *args, model_max_length=model_max_length, **kwargs)

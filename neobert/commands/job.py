@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from neobert.commands.progress import Progress
 from neobert.inputs import Source, source_record
 from neobert.outputs import Partial, State
-from neobert.commands.progress import Progress
 from neobert.readers import InputError
 
 WINDOW = 4096

@@ -137,10 +137,10 @@ def _backward_kernel(
 
 @dataclass(frozen=True)
 class Choice:
-    """How one kernel cuts its work. A lane moves 8 neighbouring elements at a time.
+    """How one kernel cuts its work. A lane moves 16 neighbouring bytes at a time.
 
-    ``chunk`` columns are handled at once by ``chunk / 8`` lanes; a row is ``ceil(C / chunk)``
-    chunks, all in registers; ``rows`` rows share a program of ``warps`` warps.
+    ``chunk`` columns are handled at once; a row is ``ceil(C / chunk)`` chunks, all in registers;
+    ``rows`` rows share a program of ``warps`` warps.
     """
 
     chunk: int
@@ -155,21 +155,23 @@ PROGRAMS_PER_SM = 4  # of 4 warps, in the backward; unmeasured
 
 
 @functools.cache
-def choice(C: int, backward: bool) -> Choice:
-    """The narrowest chunk that idles the fewest lanes while a lane's share fits its registers.
+def choice(C: int, itemsize: int, backward: bool) -> Choice:
+    """The chunk that idles the fewest lanes, then the one nearest to a row for each warp.
 
-    Unmeasured. A lane holds at most 72 elements forward (x) and 32 backward (x, dy and the weight
-    gradient: three float32 each), which the ahead-of-time report shows to fit without a spill.
+    Unmeasured. A lane holds at most 72 elements of a row forward (x) and 40 backward (x, dy and the
+    weight gradient), which the ahead-of-time report shows to fit into registers without a spill.
     """
-    most = 32 if backward else 72
+    vector = 16 // itemsize
+    warp = 32 * vector
 
     def cost(chunk: int) -> tuple[int, int]:
-        return -(-C // chunk) * chunk, chunk
+        return -(-C // chunk) * chunk, abs(chunk - warp)
 
-    fitting = [c for c in (128, 256, 512, 1024, 2048, 4096, 8192) if -(-C // c) * 8 <= most]
-    chunk = min(fitting, key=cost)
-    warps = max(4, chunk // 256)
-    return Choice(chunk=chunk, rows=warps * 256 // chunk, warps=warps)
+    most = 40 if backward else 72
+    chunks = [warp // 2 << i for i in range(8)]
+    chunk = min((c for c in chunks if -(-C // c) * vector <= most), key=cost)
+    warps = max(4, chunk // warp)
+    return Choice(chunk=chunk, rows=warps * warp // chunk, warps=warps)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -186,7 +188,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     residual = x if residual is None else _rows(residual)
     rows = x.shape[0]
     if rows:
-        tile = choice(C, backward=False)
+        tile = choice(C, x.element_size(), backward=False)
         _forward_kernel[(triton.cdiv(rows, tile.rows),)](
             x, residual, weight.contiguous(), y, h, rows, x.stride(0), residual.stride(0), eps,
             **tile.constexprs(C, HAS_RESIDUAL=h is not y), num_warps=tile.warps,
@@ -216,7 +218,7 @@ def _launch_backward(
     rows = x.shape[0]
     if not rows:
         return dx, torch.zeros_like(weight)
-    tile = choice(C, backward=True)
+    tile = choice(C, x.element_size(), backward=True)
     programs = min(triton.cdiv(rows, tile.rows), _runtime.resident_programs(x, PROGRAMS_PER_SM))
     partial = x.new_empty((programs, C), dtype=torch.float32)
     _backward_kernel[(programs,)](
@@ -341,7 +343,7 @@ WIDTHS = (256, 384, 760, 768, 1024, 1152, 1792, 2304, 4096)
 def _launches(kernel: Any, backward: bool, flag: str, on: bool) -> Iterator[_runtime.Launch]:
     for dtype in _check.DTYPES:
         for C in WIDTHS:
-            tile = choice(C, backward)
+            tile = choice(C, dtype.itemsize, backward)
             signature = _runtime.signature(kernel, dtype, eps="fp32", partial_ptr="*fp32")
             yield _runtime.Launch(
                 kernel=kernel,

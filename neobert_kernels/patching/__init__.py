@@ -8,7 +8,7 @@ the embedding and unpacked once after the last layer.
 
 import importlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -120,16 +120,10 @@ def patch(model: nn.Module) -> PatchReport:
     for each in replacements:
         each.module.forward = types.MethodType(each.forward, each.module)
     _runtime.load_operators()
-    inside = [f"{name}." if name else "" for name in families]
     return PatchReport(
         families=families,
         replaced=[Entry(r.name, type(r.module).__name__, r.what) for r in replacements],
-        left=[
-            Entry(name, type(module).__name__, "outside the encoder, unchanged")
-            for name, module in model.named_children()
-            if not any(base.startswith(f"{name}.") or base == f"{name}." for base in inside if base)
-            and "" not in families
-        ],
+        left=list(_left(model, families)),
         implementations={name: _runtime.implementation(name, device) for name in sorted(operators)},
     )
 
@@ -170,6 +164,13 @@ def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
             if entry and type(module).forward is cls.forward:  # type: ignore[attr-defined]
                 yield name, module, entry[0], importlib.import_module(entry[1])
                 break
+
+
+def _left(model: nn.Module, bases: Iterable[str]) -> Iterator[Entry]:
+    """The children of ``model`` that neither are nor contain a patched base."""
+    for name, child in model.named_children():
+        if not any(base in ("", name) or base.startswith(f"{name}.") for base in bases):
+            yield Entry(name, type(child).__name__, "outside the encoder, unchanged")
 
 
 def _check_parameters(name: str, base: nn.Module) -> None:

@@ -104,8 +104,8 @@ def test_tokenizer_of_the_bert_family_works_too(
     folder: Path, tmp_path: Path, model: neobert.NeoBERTForMaskedLM
 ):
     """A repository that names BertTokenizer gets it, token types and all."""
-    for name in ("config.json", "vocab.txt"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 512}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)

@@ -45,7 +45,7 @@ def test_gradient_checkpointing_recomputes_the_same_gradients(
     assert all(grad.isfinite().all() and grad.any() for grad in plain.values())
     calls: list[int] = []
     for layer in model.model.transformer_encoder:
-        layer.ffn.register_forward_hook(lambda *_: calls.append(1))
+        layer.ffn.register_forward_pre_hook(lambda *_: calls.append(1))
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     again = gradients(model, **inputs)

@@ -147,7 +147,7 @@ def test_exit_code_says_whether_the_sides_agree(
     assert (len(asked["texts"]), asked["threads"]) == (6, 3)
     printed = capsys.readouterr().out
     assert ("NOT under" in printed) == bool(code)
-    assert printed.count("the same 5, in order, unpatched") == len(demo.QUERIES)
+    assert printed.count("sentence-transformers finds the same 5") == len(demo.QUERIES)
 
 
 def test_search_shows_the_nearest_passages_first() -> None:
