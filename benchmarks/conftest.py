@@ -9,6 +9,7 @@ import pytest
 import torch
 
 RESULTS = pytest.StashKey[list[dict[str, Any]]]()
+WRITTEN = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,17 +20,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = []
+    if config.getoption("quick") and config.getoption("results"):
+        raise pytest.UsageError("--results: expected a full run, got --quick")
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     folder, results = session.config.getoption("results"), session.config.stash[RESULTS]
     if folder and results:
-        if session.config.getoption("quick"):
-            raise pytest.UsageError("--results: expected a full run, got --quick")
-        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        path = evidence.write(folder, results)
-        if reporter:
-            reporter.write_line(f"results: {path}")
+        session.config.stash[WRITTEN] = evidence.write(folder, results)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    terminalreporter.section("results")
+    for result in config.stash[RESULTS]:
+        terminalreporter.write_line(f"{result['name']}: {result['case']}")
+        for key, value in result["values"].items():
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            terminalreporter.write_line(f"    {key} {shown}")
+    if WRITTEN in config.stash:
+        terminalreporter.write_line(f"written to {config.stash[WRITTEN]}")
 
 
 @pytest.fixture
@@ -48,13 +59,6 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
 
     def add(name: str, case: str, **values: Any) -> None:
         request.config.stash[RESULTS].append({"name": name, "case": case, "values": values})
-        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-        if reporter:
-            shown = ", ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in values.items()
-            )
-            reporter.write_line(f"\n{name} [{case}]: {shown}")
 
     return add
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -40,7 +39,7 @@ def check_loaded(
     head = {name for name in model.state_dict() if not name.startswith(backbone)}
     if head <= missing:
         missing -= head
-    checkpoint = f"checkpoint {Path(str(source)).name or source}"
+    checkpoint = f"checkpoint {source}"
     if misshapen and not any_shape:
         name, found, expected = min(misshapen)
         raise ValueError(

@@ -13,7 +13,7 @@ from neobert_kernels import _check
 FEED_FORWARD_MULTIPLE = 8
 _SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_length")
 _RANGES = ("embedding_init_range", "decoder_init_range", "classifier_init_range")
-_LEAST: tuple[tuple[tuple[str, ...], type | tuple[type, ...], int], ...] = (
+_LEAST: tuple[tuple[tuple[str, ...], Any, int], ...] = (
     (_SIZES, int, 1),
     (("num_hidden_layers",), int, 0),
     (("norm_eps", "rope_theta", "classifier_dropout", *_RANGES), (int, float), 0),
@@ -70,7 +70,7 @@ class NeoBERTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for names, kind, least in _LEAST:
             for name in names:
-                value: Any = getattr(self, name)
+                value = getattr(self, name)
                 if not isinstance(value, kind) or value < least:
                     a = "an integer" if kind is int else "a number"
                     raise _check.error(name, f"{a} of at least {least}", repr(value))

@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     texts = [passage.text for passage in passages]
     print(
         f"{len(texts):,} docstrings of the Python {platform.python_version()} standard library "
-        f"through {MODEL_NAME}, float32, on the CPU"
+        f"through {MODEL_NAME}, float32, on the CPU",
+        flush=True,
     )
     with Progress(2 * len(texts)) as bar:
         result = compare(

@@ -132,14 +132,12 @@ class NeoBERTLayer(GradientCheckpointingLayer):
         qkv = self.qkv(self.attention_norm(hidden_states))
         # A head's rows of the projection are its q, its k and its v.
         qkv = qkv.view(*qkv.shape[:2], self.heads, 3, self.head_size)
+        weights = None
         if documents is None:
             attended, weights = self._attend(qkv, attention_mask, rotary, attn_implementation)
         else:
             cos, sin = rotary
-            attended, weights = (
-                nk.qkv_attention(qkv[0], *documents, cos=cos, sin=sin, interleaved=True),
-                None,
-            )
+            attended = nk.qkv_attention(qkv[0], *documents, cos=cos, sin=sin, interleaved=True)
         hidden_states = hidden_states + self.wo(attended.reshape(hidden_states.shape))
         return hidden_states + self.ffn(self.ffn_norm(hidden_states)), weights
 
@@ -285,19 +283,12 @@ class NeoBERTModel(NeoBERTPreTrainedModel):
 
         Raises:
             ValueError: A shape breaks the rules above, a document is longer than
-                ``config.max_length``, or packed input comes with a mask or wants attentions.
+                ``config.max_length``, packed input comes with a mask or wants
+                attentions, or there is a cache.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            got = "neither" if input_ids is None else "both"
-            raise _check.error("input_ids", "either input_ids or inputs_embeds", got)
-        if input_ids is not None:
-            _check.tensor("input_ids", input_ids, ndim=2)
-            hidden_states = self.encoder(input_ids)
-        else:
-            _check.tensor("inputs_embeds", inputs_embeds, ndim=3)
-            width = self.config.hidden_size
-            _check.shape("inputs_embeds", inputs_embeds, (*inputs_embeds.shape[:2], width))
-            hidden_states = inputs_embeds
+        if kwargs.get("past_key_values") is not None:
+            raise _check.error("past_key_values", "None (an encoder has no cache)", "a cache")
+        hidden_states = self._embed(input_ids, inputs_embeds)
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         documents = documents_of(kwargs)
         if documents is not None:
@@ -319,6 +310,18 @@ class NeoBERTModel(NeoBERTPreTrainedModel):
                 attn_implementation=implementation,
             )
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if input_ids is not None and inputs_embeds is None:
+            _check.tensor("input_ids", input_ids, ndim=2)
+            return self.encoder(input_ids)
+        if inputs_embeds is None or input_ids is not None:
+            got = "neither" if input_ids is None else "both"
+            raise _check.error("input_ids", "either input_ids or inputs_embeds", got)
+        _check.tensor("inputs_embeds", inputs_embeds, ndim=3)
+        width = self.config.hidden_size
+        _check.shape("inputs_embeds", inputs_embeds, (*inputs_embeds.shape[:2], width))
+        return inputs_embeds
 
     @staticmethod
     def _check_packed(

@@ -1,9 +1,9 @@
 """Compile every registered kernel for GPUs that are not here, and read the machine code.
 
-No GPU and no driver is needed: Triton brings its own assembler and disassembler. One `Report` for
-each operator, launch choice and GPU generation says what a person would look up in the listing:
-registers, spilled bytes, shared memory, widths of global accesses, tensor-core and TMA instructions.
-`problems` says which of these break a promise. An operator joins by being registered.
+No GPU and no driver is needed: Triton brings its own assembler and disassembler. For each operator,
+launch choice and GPU generation a `Report` holds what a person would look up in the listing:
+registers, spilled bytes, shared memory, widths of global accesses, tensor-core and TMA
+instructions. `problems` says which of these break a promise. An operator joins by being registered.
 
 Sources: CUDA C++ programming guide, table of technical specifications per compute capability;
 CUDA binary utilities, instruction set reference; System V ABI, chapter 4 (sections of an ELF file).
@@ -11,8 +11,8 @@ CUDA binary utilities, instruction set reference; System V ABI, chapter 4 (secti
 
 import argparse
 import dataclasses
+import itertools
 import json
-import os
 import re
 import struct
 import subprocess
@@ -25,10 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from neobert_kernels import _check, _runtime, _triton
 
 # Shared memory that one block may use, in bytes.
-SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # fmt: skip # noqa: E501
+_KIB_PER_BLOCK = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_LIMITS = {sm: kib << 10 for sm, kib in _KIB_PER_BLOCK.items()}
 DEFAULT_SMS = (80, 90, 100)
 WIDE_BYTES = 16  # the widest access that every generation has
 DISASSEMBLED_AT_ONCE = 32  # the disassembler takes longer to start than to read these
@@ -131,6 +134,12 @@ def reports(
     return _reports(sms, [known[name] for name in names], progress or (lambda done, total: None))
 
 
+@dataclass(frozen=True)
+class _Binary:
+    cubin: bytes
+    shared_bytes: int
+
+
 def _reports(
     sms: Sequence[int],
     operators: Sequence[_runtime.Operator],
@@ -145,19 +154,18 @@ def _reports(
     ]
     keys = [_key(sm, launch) for sm, _, launch in work]
     unique = {key: (sm, launch) for key, (sm, _, launch) in zip(keys, work, strict=True)}
-    finished = 0
+    finished = itertools.count(1)
 
-    def compile_one(item: tuple[int, _runtime.Launch]) -> "_Binary | str":
-        nonlocal finished
+    def compile_one(item: tuple[int, _runtime.Launch]) -> _Binary | str:
         try:
             return _compile(*item)
         except Exception as error:  # whatever the compiler raises is this report's content
             return f"{type(error).__name__}: {str(error).strip()}"
         finally:
-            finished += 1
-            progress(finished, len(unique))
+            progress(next(finished), len(unique))
 
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # the compiler releases the lock
+    # Threads, because the compiler releases the interpreter's lock; as many as PyTorch may use.
+    pool = ThreadPoolExecutor(torch.get_num_threads())
     try:
         waiting = pool.map(compile_one, unique.values())
         measured: dict[str, dict[str, Any]] = {}
@@ -192,17 +200,11 @@ def _key(sm: int, launch: _runtime.Launch) -> str:
     return repr((sm, id(launch.kernel), parts, sorted(launch.aligned)))
 
 
-@dataclass(frozen=True)
-class _Binary:
-    cubin: bytes
-    shared_bytes: int
-
-
 def _compile(sm: int, launch: _runtime.Launch) -> _Binary:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    position = {name: i for i, name in enumerate(launch.signature)}
+    position = {name: i for i, name in enumerate(launch.kernel.arg_names)}
     source = ASTSource(
         fn=launch.kernel,
         signature=launch.signature,

@@ -1,7 +1,9 @@
 """``neobert encode``: texts in, one file of embeddings out."""
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from neobert.commands.arguments import (
     add_model_arguments,
@@ -15,6 +17,9 @@ from neobert.commands.job import WINDOW, encode_file
 from neobert.inputs import STDIN, open_source
 from neobert.outputs import check_output, partial_folder, sidecar
 from neobert.readers import InputError
+
+if TYPE_CHECKING:
+    from neobert.encode import Encoder
 
 DESCRIPTION = """\
 Embed every text of the input, in order, and write a .npy array (float32, rows x dimensions,
@@ -69,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         args.input, options, exclude=(output, sidecar(output), partial_folder(output))
     )
     summary = encode_file(
-        lambda: load_encoder(args),
+        lambda: _load(args),
         source,
         output,
         options=model_options(args),
@@ -81,6 +86,20 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(summary)
     return 0
+
+
+def _load(args: argparse.Namespace) -> "Encoder":
+    encoder = load_encoder(args)
+    if not args.quiet:
+        print(
+            f"neobert: {encoder.family} on {encoder.device}, {args.dtype}, "
+            f"{'not patched' if args.no_patch else 'patched'}; {encoder.dim} dimensions, "
+            f"{encoder.pooling} pooling, {'' if encoder.normalize else 'not '}normalized, "
+            f"at most {encoder.max_length:,} tokens of a text",
+            file=sys.stderr,
+            flush=True,
+        )
+    return encoder
 
 
 def _check_different(source: str, output: Path) -> None:

@@ -101,15 +101,20 @@ def test_an_error_of_the_model_reaches_the_caller(encoder, monkeypatch):
         encoder.encode(["a"] * 10)
 
 
-def test_encoding_leaves_the_thread_settings_alone(encoder):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_encoding_leaves_the_thread_settings_alone(encoder, monkeypatch, threads):
     before = torch.get_num_threads()
-    encoder.encode(TEXTS)
-    assert torch.get_num_threads() == before
-    seen = []
-    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert seen == [before]
+    monkeypatch.setattr(encoder, "threads", threads)
+    torch.set_num_threads(3)
+    try:
+        encoder.encode(TEXTS)
+        seen = [torch.get_num_threads()]
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [3, 3]
 
 
 def test_nothing_to_encode_gives_no_rows(encoder):

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import pytest
 import torch
 import transformers
 from neobert_oracle import Shape
-from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
 
 import neobert
@@ -33,6 +33,22 @@ def test_our_class_loads_and_no_remote_code_runs(auto: str, trust_remote_code: A
     model = load.from_pretrained(folder, trust_remote_code=trust_remote_code)
     assert type(model) is KIND_OF_AUTO[auto]
     assert type(load.from_config(model.config, trust_remote_code=trust_remote_code)) is type(model)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import neobert; from transformers import AutoConfig, AutoModel",
+        "from neobert import NeoBERTModel; from transformers import AutoConfig, AutoModel",
+    ],
+)
+def test_registered_also_when_neobert_is_imported_first(imports: str):
+    made = (
+        "AutoModel.from_config(AutoConfig.for_model('neobert', num_hidden_layers=0, vocab_size=2))"
+    )
+    code = f"{imports}; print(type({made}).__module__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "neobert.model"
 
 
 def test_a_code_map_into_another_repository_is_not_followed(folder: Path, tmp_path: Path):
@@ -116,7 +132,7 @@ def test_tokenizer_of_the_bert_family_works_too(
 
 
 def test_fill_mask_pipeline(folder: Path, model: neobert.NeoBERTForMaskedLM):
-    fill = pipeline("fill-mask", model=str(folder), device="cpu")
+    fill: Any = pipeline("fill-mask", model=str(folder), device="cpu")
     assert type(fill.model) is neobert.NeoBERTForMaskedLM
     found = fill("the cat [MASK] on the mat.", top_k=Shape().vocab)
     encoded = fill.tokenizer("the cat [MASK] on the mat.", return_tensors="pt")
@@ -127,8 +143,8 @@ def test_fill_mask_pipeline(folder: Path, model: neobert.NeoBERTForMaskedLM):
 
 
 def test_feature_extraction_pipeline(folder: Path, model: neobert.NeoBERTForMaskedLM):
-    extract = pipeline("feature-extraction", model=str(folder), device="cpu")
-    features: Tensor = extract("the cat sat", return_tensors=True)
+    extract: Any = pipeline("feature-extraction", model=str(folder), device="cpu")
+    features = extract("the cat sat", return_tensors=True)
     encoded = extract.tokenizer("the cat sat", return_tensors="pt")
     torch.testing.assert_close(features, model.model(**encoded).last_hidden_state)
 

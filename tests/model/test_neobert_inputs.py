@@ -2,13 +2,18 @@
 
 from typing import Any
 
+import neobert_oracle as oracle
 import pytest
 import torch
 from neobert_oracle import Shape
 from parity import assert_within_budget
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DataCollatorWithFlattening,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -41,7 +46,8 @@ def test_a_row_of_padding_is_finite_and_changes_no_other(
 def test_the_mask_is_linear_in_length_and_absent_where_nothing_is_padded(
     model: NeoBERTForMaskedLM, ids: Tensor, mask: Tensor, monkeypatch: pytest.MonkeyPatch
 ):
-    masks, attention = [], F.scaled_dot_product_attention
+    masks: list[Any] = []
+    attention: Any = F.scaled_dot_product_attention
 
     def spy(*args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         masks.append(attn_mask)
@@ -85,6 +91,28 @@ def test_packed_embeddings(model: NeoBERTForMaskedLM, packed: dict[str, Any]):
     by_ids = model(**packed).logits
     packed["inputs_embeds"] = model.get_input_embeddings()(packed.pop("input_ids"))
     assert torch.equal(model(**packed).logits, by_ids)
+
+
+def test_the_flattening_collator_packs(
+    model: NeoBERTForMaskedLM, ids: Tensor, mask: Tensor, exact: dict, rounded: dict
+):
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    texts = [row[real.bool()] for row, real in zip(ids, mask, strict=True)]
+    batch = collate([{"input_ids": text.tolist()} for text in texts])
+    assert {"position_ids", "cu_seq_lens_q", "max_length_q"} <= batch.keys()
+    real = mask.bool()
+    logits = model(**batch).logits[0]
+    assert_within_budget(logits, rounded["logits"][real], exact["logits"][real])
+
+
+def test_autocast_keeps_the_residual_stream_in_float32(
+    model: NeoBERTForMaskedLM, ids: Tensor, mask: Tensor, weights: dict, exact: dict
+):
+    reduced = oracle.forward(weights, Shape(), ids, mask, torch.bfloat16)["logits"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(ids, mask, output_hidden_states=True)
+    assert {state.dtype for state in out.hidden_states} == {torch.float32}
+    assert_within_budget(out.logits, reduced, exact["logits"])
 
 
 def test_what_a_trainer_or_tokenizer_adds_has_no_effect(
@@ -137,7 +165,7 @@ def test_a_packed_row_may_be_longer_than_a_document(model: NeoBERTForMaskedLM):
     assert out.logits.isfinite().all()
 
 
-def test_no_step_reads_data_back(model: NeoBERTForMaskedLM):
+def test_no_step_reads_data_back(model: Any):
     """On the meta device there is no data, so a length check or a mask that looked would fail."""
     model = model.to("meta")
     ids = torch.ones(2, 30, dtype=torch.long, device="meta")
@@ -146,7 +174,7 @@ def test_no_step_reads_data_back(model: NeoBERTForMaskedLM):
         model(torch.ones(1, 65, dtype=torch.long, device="meta"))
 
 
-TWO = {"cu_seqlens": torch.tensor([0, 2, 6]).int(), "max_seqlen": 4}
+TWO: dict[str, Any] = {"cu_seqlens": torch.tensor([0, 2, 6]).int(), "max_seqlen": 4}
 
 
 @pytest.mark.parametrize(
@@ -166,6 +194,7 @@ TWO = {"cu_seqlens": torch.tensor([0, 2, 6]).int(), "max_seqlen": 4}
         ({"input_ids": (1, 5), **TWO}, "cu_seqlens: expected a last element"),
         ({"input_ids": (1, 6), "attention_mask": (1, 6), **TWO}, "attention_mask: expected None"),
         ({"input_ids": (1, 6), "output_attentions": True, **TWO}, "output_attentions: expected F"),
+        ({"input_ids": (2, 3), "past_key_values": object()}, "past_key_values: expected None"),
         ({"input_ids": (1, 6), **TWO, "max_seqlen": None}, "max_seqlen: expected the longest"),
         ({"input_ids": (1, 6), **TWO, "max_seqlen": 3}, "max_seqlen: expected at least"),
         (

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from neobert import NeoBERTForMaskedLM, NeoBERTModel
+from neobert.model import documents_of
 
 
 def test_padded_batch(
@@ -139,3 +140,13 @@ def test_the_angles_come_from_positions_in_float32_and_live_in_no_buffer(folder:
     angle = torch.arange(64, dtype=torch.float64)[:, None] * 10000.0 ** (-even / 16)
     assert_within_budget(cos, angle.float().cos(), angle.cos())
     assert_within_budget(sin, angle.float().sin(), angle.sin())
+
+
+def test_positions_restart_with_every_document(
+    model: NeoBERTForMaskedLM, packed: dict[str, Any], mask: Tensor
+):
+    base, lengths = model.model, mask.sum(1).tolist()
+    row = base.encoder(packed["input_ids"])
+    tables = base._rotary(None, row, documents_of(packed))
+    for table, once in zip(tables, base._rotary(None, row[:, :16], None), strict=True):
+        assert torch.equal(table, torch.cat([once[:length] for length in lengths]))

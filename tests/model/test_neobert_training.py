@@ -70,11 +70,11 @@ def test_lora_trains_its_adapters_alone(folder: Path, ids: Tensor, mask: Tensor,
     named = gradients(model, **inputs)
     assert all("lora_" in name or "classifier" in name for name in named)
     assert sum("lora_" in name for name in named) == 2 * adapted
-    model.eval().save_pretrained(tmp_path)
+    model.eval().save_pretrained(str(tmp_path))
     after = model(**inputs).logits
     assert not torch.allclose(after, before, atol=1e-2)
     fresh = NeoBERTForSequenceClassification.from_pretrained(folder, num_labels=3)
-    reloaded = PeftModel.from_pretrained(fresh, tmp_path)
+    reloaded: Any = PeftModel.from_pretrained(fresh, str(tmp_path))
     reloaded.base_model.model.dense.load_state_dict(base.dense.state_dict())
     torch.testing.assert_close(reloaded(**inputs).logits, after)
     torch.testing.assert_close(reloaded.merge_and_unload()(**inputs).logits, after)

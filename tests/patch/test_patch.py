@@ -333,12 +333,20 @@ def test_a_base_inside_any_module_is_found():
     assert set(report.implementations) >= {"attention", "rms_norm", "add_layer_norm"}
 
 
-def test_dropout_of_hidden_states_is_kept_and_of_attention_refused():
-    torch.manual_seed(3)
+@pytest.mark.parametrize(
+    "where", ["embeddings", "encoder.layer.1.attention.output", "encoder.layer.1.output"]
+)
+def test_every_dropout_of_hidden_states_is_kept(where):
     ids, _ = padded()
-    model = randomized(BertModel(bert_config(hidden_dropout_prob=0.5))).train()
+    model = randomized(BASES["bert"]()).train()
     nk.patch(model)
+    assert torch.equal(last(model, input_ids=ids), last(model, input_ids=ids))
+    model.get_submodule(f"{where}.dropout").p = 0.5
     assert not torch.equal(last(model, input_ids=ids), last(model, input_ids=ids))
+
+
+def test_attention_dropout_is_refused_in_training():
+    ids, _ = padded()
     model = BertModel(bert_config(attention_probs_dropout_prob=0.1)).train()
     nk.patch(model)
     with pytest.raises(ValueError, match=r"attention dropout: expected 0 .* got 0.1"):

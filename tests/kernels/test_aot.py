@@ -1,0 +1,246 @@
+"""Every kernel compiles for every supported GPU, without a GPU, spills nothing and moves 16 bytes."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from neobert_kernels import _runtime, _triton, aot
+from neobert_kernels._triton import tl, triton
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(_runtime.INTERPRET, reason="the interpreter replaces the compiler"),
+    pytest.mark.skipif(not _triton.AVAILABLE, reason="Triton is not installed"),
+]
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offset, tl.load(x_ptr + offset, mask=offset < size), mask=offset < size)
+
+
+@triton.jit
+def _spilling_kernel(x_ptr, y_ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Keeps more values at once than a thread has registers."""
+    lane = tl.arange(0, BLOCK)
+    kept = ()
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(COUNT):
+        kept = kept + (tl.load(x_ptr + i * BLOCK + lane),)  # noqa: RUF005
+        total += kept[i] * kept[i]
+    for i in tl.static_range(COUNT):
+        tl.store(y_ptr + i * BLOCK + lane, kept[i] * tl.exp(total - kept[i]))
+
+
+@triton.jit
+def _product_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
+    row, column = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    a, b = tl.load(a_ptr + row * N + column), tl.load(b_ptr + row * N + column)
+    tl.store(c_ptr + row * N + column, tl.dot(a, b).to(tl.float16))
+
+
+@triton.jit
+def _bulk_copy_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    shape: tl.constexpr = [N, N]
+    x = tl.make_tensor_descriptor(x_ptr, shape, [N, 1], shape)
+    y = tl.make_tensor_descriptor(y_ptr, shape, [N, 1], shape)
+    y.store([0, 0], x.load([0, 0]))
+
+
+@triton.jit
+def _broken_kernel(x_ptr, BLOCK: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, BLOCK), no_such_name)  # noqa: F821
+
+
+def launch(kernel: Any, dtype: torch.dtype = torch.float32, **constexprs: int) -> _runtime.Launch:
+    signature = _runtime.signature(kernel, dtype)
+    pointers = tuple(name for name in signature if name.endswith("_ptr"))
+    return _runtime.Launch(
+        kernel, kernel.__name__, "toy", signature, constexprs, aligned=(*pointers, "size")[:3]
+    )
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Enter a toy operator with these launches; it is gone after the test."""
+    monkeypatch.setattr(_runtime, "OPERATORS", dict(_runtime.load_operators()))
+
+    def enter(*launches: _runtime.Launch) -> None:
+        def toy() -> None: ...
+
+        kernels = tuple(one.kernel for one in launches)
+        _runtime.operator(toy, toy, kernels, lambda sm: iter(launches))
+
+    return enter
+
+
+def report_of(register: Any, one: _runtime.Launch, sm: int = 90) -> aot.Report:
+    register(one)
+    (report,) = aot.reports([sm], ["toy"])
+    return report
+
+
+@pytest.mark.parametrize("sm", aot.DEFAULT_SMS)
+def test_every_kernel_keeps_its_promises(sm: int) -> None:
+    broken = {
+        (report.kernel, report.case): found
+        for report in aot.reports([sm])
+        if (found := aot.problems(report))
+    }
+    assert not broken
+
+
+def test_every_operator_with_a_kernel_is_reported() -> None:
+    for operator in _runtime.load_operators().values():
+        names = {one.kernel for one in operator.launches(90)} if operator.launches else set()
+        assert names == set(operator.kernels), operator.name
+
+
+def test_a_new_operator_joins_by_being_registered(register: Any) -> None:
+    register(launch(_copy_kernel, BLOCK=1024))
+    assert "toy" in {report.operator for report in aot.reports([80], ["rms_norm", "toy"])}
+
+
+@pytest.mark.parametrize("sm", aot.SHARED_LIMITS)
+def test_a_copy_is_wide_and_clean_on_every_generation(register: Any, sm: int) -> None:
+    report = report_of(register, launch(_copy_kernel, BLOCK=1024), sm)
+    assert report.load_bytes == report.store_bytes == 16
+    assert report.wide_loads == report.wide_stores == 2  # 1024 / (4 warps * 32 lanes * 4 elements)
+    assert report.narrow_loads == report.narrow_stores == report.spilled_bytes == 0
+    assert 0 < report.registers < 64
+    assert not aot.problems(report)
+
+
+def test_a_spill_is_a_problem(register: Any) -> None:
+    spilling = replace(launch(_spilling_kernel, COUNT=64, BLOCK=1024), num_warps=4)
+    report = report_of(register, spilling)
+    assert report.spilled_bytes
+    assert report.local_loads
+    assert report.local_stores
+    assert any("spills" in problem for problem in aot.problems(report))
+    assert not aot.problems(report_of(register, replace(spilling, supported=False)))
+
+
+def test_narrow_accesses_are_a_problem_of_aligned_memory_bound_kernels(register: Any) -> None:
+    narrow = replace(launch(_copy_kernel, BLOCK=128), num_warps=4)  # one element for each lane
+    report = report_of(register, narrow)
+    assert report.load_bytes == report.store_bytes == 4
+    assert len(aot.problems(report)) == 2
+    assert not aot.problems(report_of(register, replace(narrow, memory_bound=False)))
+    assert not aot.problems(report_of(register, replace(narrow, aligned=())))
+
+
+def test_a_wide_minority_does_not_hide_narrow_accesses(register: Any) -> None:
+    report = report_of(register, launch(_copy_kernel, BLOCK=1024))
+    mixed = replace(report, narrow_loads=report.wide_loads + 1)
+    assert mixed.load_bytes == 16
+    assert aot.problems(mixed) == ["3 of 5 global loads under 16 bytes"]
+
+
+def test_shared_memory_over_the_limit_is_a_problem(register: Any) -> None:
+    product = replace(launch(_product_kernel, torch.float16, N=128), memory_bound=False)
+    report = report_of(register, product)
+    assert report.shared_bytes >= 2 * 128 * 128
+    assert not aot.problems(report)
+    assert "shared memory" in aot.problems(replace(report, shared_limit=32 << 10))[0]
+
+
+@pytest.mark.parametrize("sm", aot.DEFAULT_SMS)
+def test_tensor_core_instructions_are_counted(register: Any, sm: int) -> None:
+    assert report_of(register, launch(_product_kernel, torch.float16, N=64), sm).tensor_core
+    assert not report_of(register, launch(_copy_kernel, BLOCK=1024), sm).tensor_core
+
+
+@pytest.mark.parametrize("sm", [90, 100])
+def test_tma_instructions_are_counted(register: Any, sm: int) -> None:
+    report = report_of(register, launch(_bulk_copy_kernel, torch.float16, N=64), sm)
+    assert report.tma == 2
+    assert report.load_bytes == report.store_bytes == 16
+
+
+def test_a_kernel_that_does_not_compile_is_reported(register: Any) -> None:
+    report = report_of(register, launch(_broken_kernel, BLOCK=128))
+    assert "no_such_name" in report.error
+    assert "does not compile" in aot.problems(report)[0]
+
+
+def test_equal_launches_compile_once(register: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = launch(_copy_kernel, BLOCK=1024)
+    register(one, replace(one, case="again"), replace(one, num_warps=8))
+    totals = set()
+    found = list(aot.reports([90], ["toy"], lambda done, total: totals.add(total)))
+    assert [report.case for report in found] == ["toy", "again", "toy"]
+    assert totals == {2}
+
+
+def test_batches_of_the_disassembler_do_not_mix(
+    register: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = [launch(_copy_kernel, BLOCK=512 << i) for i in range(3)]
+    register(*copies, launch(_broken_kernel, BLOCK=128), launch(_copy_kernel, BLOCK=4096))
+    together = list(aot.reports([80, 90], ["toy"]))
+    monkeypatch.setattr(aot, "DISASSEMBLED_AT_ONCE", 1)
+    assert list(aot.reports([80, 90], ["toy"])) == together
+    assert [r.wide_loads for r in together] == [1, 2, 4, 0, 8] * 2
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    aot.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["aot", *arguments])
+    return args.run(args)
+
+
+def test_command_prints_every_number(register: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    register(launch(_copy_kernel, BLOCK=1024))
+    assert run("--operator", "toy", "--sm", "80") == 0
+    out, err = capsys.readouterr()
+    titles, line = (text.split() for text in out.splitlines()[:2])
+    row = dict(zip(titles, line, strict=True))
+    assert (row["kernel"], row["sm"], row["spill"], row["load"]) == ("_copy_kernel", "80", "0", "16")
+    assert {"regs", "shared", "store", "tensor", "tma"} <= set(row)
+    assert "compiled 1 of 1" in err
+
+
+def test_command_fails_on_a_problem(register: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    register(launch(_copy_kernel, BLOCK=128))
+    assert run("--operator", "toy", "--sm", "80") == 1
+    assert "problem: 1 of 1 global loads under 16 bytes" in capsys.readouterr().out
+    assert run("--operator", "toy", "--sm", "80", "--json") == 1
+    (row,) = json.loads(capsys.readouterr().out)
+    assert len(row["problems"]) == 2
+    assert row["registers"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sms": [81]}, "sm: expected one of 80, .*100.*, got 81"),
+        ({"operators": ["nope"]}, "operator: expected one of .*rms_norm.*, got nope"),
+    ],
+)
+def test_unknown_names_are_errors(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        aot.reports(**arguments)
+
+
+def test_interpreter_and_missing_triton_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "AVAILABLE", False)
+    with pytest.raises(ValueError, match="triton: expected an installed package"):
+        aot.reports()
+    monkeypatch.setattr(_runtime, "INTERPRET", True)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET: expected unset"):
+        aot.reports()
+
+
+def test_leaving_early_stops_the_compilations(register: Any) -> None:
+    register(*[launch(_copy_kernel, BLOCK=128 << (i % 6)) for i in range(6)])
+    iterator: Iterator[aot.Report] = iter(aot.reports([80, 90, 100], ["toy"]))
+    next(iterator)
+    iterator.close()  # type: ignore[attr-defined]
