@@ -35,7 +35,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from neobert_kernels import __version__
 
-        parser.exit(0, f"neobert {__version__}\n")
+        print(f"neobert {__version__}")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

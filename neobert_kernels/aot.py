@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,10 +104,11 @@ def reports(
     sms: Iterable[int] = DEFAULT_SMS,
     operators: Iterable[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Report]:
+) -> Generator[Report, None, None]:
     """Compile the launches of every operator, or of those named, for every GPU generation.
 
-    Equal launches are compiled once, and Triton's own cache keeps them for the next run.
+    Equal launches are compiled once, and Triton's own cache keeps them for the next run. Closing
+    the generator stops what is not compiled yet.
 
     Args:
         sms: GPU generations, 90 for compute capability 9.0.
@@ -144,7 +145,7 @@ def _reports(
     sms: Sequence[int],
     operators: Sequence[_runtime.Operator],
     progress: Callable[[int, int], None],
-) -> Iterator[Report]:
+) -> Generator[Report, None, None]:
     work = [
         (sm, operator.name, launch)
         for sm in sms

@@ -163,16 +163,18 @@ def _as_json(query: str, found: list[tuple[int, float, Row | None]]) -> str:
 
 
 def _as_text(query: str, found: list[tuple[int, float, Row | None]]) -> str:
-    width = max(shutil.get_terminal_size((100, 24)).columns, 60)
-    lines = [f"{_printable(query)}"]
+    """For every hit a line with its place, and as much of its text as fits on another."""
+    width = max(shutil.get_terminal_size((100, 24)).columns, 40)
+    lines = [_printable(query)]
     for number, score, row in found:
-        head = f"  {score:7.4f}  row {number}"
-        text = "" if row is None else f"  {row.id or row.place}  {_printable(row.text)}"
-        line = head + text
-        lines.append(line if len(line) <= width else line[: width - 3] + "...")
+        lines.append(f"{score:9.4f}  row {number}")
+        if row is not None:
+            lines[-1] += f"  {_printable(row.id or row.place)}"
+            text = " " * 11 + _printable(row.text)
+            lines.append(text if len(text) <= width else f"{text[: width - 3]}...")
     return "\n".join(lines) + "\n"
 
 
 def _printable(text: str) -> str:
     """One line without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(text[:1000].split()))
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())

@@ -98,13 +98,51 @@ def _opaque_forward(
 
 
 def _opaque_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    window: int | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = _opaque_forward(leaves[0], leaves[1], leaves[2], *rest)
-    dq, dk, dv = torch.autograd.grad(out, leaves, dout)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    """Gradients written out, because autograd does not record below an operator boundary.
+
+    With ``dp = dout v^T`` and ``delta_i = sum_j p_ij dp_ij``: ``ds = p * (dp - delta)``,
+    ``dq = scale ds k``, ``dk = scale ds^T q``, ``dv = p^T dout``; then q and k turn back.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    turned = [x.to(wide) for x in (q, k)]
+    if cos is not None and sin is not None:
+        turned = [rope_reference(x, cos, sin, interleaved) for x in turned]
+    shared = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(shared, dim=1) for x in (turned[1], v.to(wide)))
+    grads = [torch.zeros_like(x) for x in (turned[0], keys, values)]
+    for start, documents, length in _runs(cu_seqlens.tolist()):
+        rows = slice(start, start + documents * length)
+        qs, ks, vs, douts = (
+            x[rows].unflatten(0, (documents, length)).transpose(1, 2)
+            for x in (turned[0], keys, values, dout.to(wide))
+        )
+        scores = qs @ ks.transpose(-1, -2) * scale
+        if window is not None:
+            i = torch.arange(length, device=q.device)
+            scores = scores.masked_fill((i[:, None] - i).abs() > window, -torch.inf)
+        p = scores.softmax(-1)
+        dp = douts @ vs.transpose(-1, -2)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+        found = (ds @ ks, ds.transpose(-1, -2) @ qs, p.transpose(-1, -2) @ douts)
+        for grad, x in zip(grads, found, strict=True):
+            grad[rows] = x.transpose(1, 2).flatten(0, 1)
+    dq, dk, dv = grads
+    dk, dv = (x.unflatten(1, (-1, shared)).sum(2) for x in (dk, dv))
+    if cos is not None and sin is not None:
+        dq, dk = (rope_reference(x, cos, -sin, interleaved) for x in (dq, dk))
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 def _contiguous_like(x: Tensor) -> Tensor:

@@ -66,7 +66,9 @@ def test_attentions_are_distributions_over_the_real_keys(
     model: NeoBERTForMaskedLM, ids: Tensor, mask: Tensor
 ):
     assert model.config._attn_implementation == "sdpa"
-    for weights in model(ids, mask, output_attentions=True).attentions:
+    attentions = model(ids, mask, output_attentions=True).attentions
+    assert len(attentions) == Shape().layers
+    for weights in attentions:
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
         padded = (mask == 0)[:, None, None, :].expand_as(weights)
         assert not weights[padded].any()

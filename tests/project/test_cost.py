@@ -1,5 +1,7 @@
 """FLOP counted from a model's Linear layers, and the GEMM rate measured at their shapes."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -23,17 +25,26 @@ def test_counts_linear_layers_but_no_pooler() -> None:
     assert flop_per_token(shapes) == 3 * (2 * 8 * 24 + 2 * 8 * 8)
 
 
-def test_meter_appends_one_rate_to_every_case_and_keeps_the_thread_count() -> None:
-    before = torch.get_num_threads()
+def test_meter_appends_one_rate_to_every_case() -> None:
     meter = GemmMeter([LinearShape(8, 24, 2), LinearShape(24, 8, 1)], threads=2, rows=(4, 16))
     for _ in range(2):
         meter.measure(seconds=0.01)
-    assert torch.get_num_threads() == before
     assert {(case.rows, case.parallel) for case in meter.cases} == {
         (rows, parallel) for rows in (4, 16) for parallel in (False, True)
     }
     assert all(len(case.rates) == 2 and min(case.rates) > 0 for case in meter.cases)
     assert meter.best.flop_per_second == max(case.flop_per_second for case in meter.cases)
+
+
+def test_new_threads_get_the_setting_from_before() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        GemmMeter([LinearShape(8, 8, 1)], threads=2, rows=(4,)).measure(seconds=0.01)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_one_thread_has_no_parallel_case() -> None:

