@@ -70,14 +70,14 @@ interpret: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(call pytest,$(VENV)) tests/kernels tests/patch
 
 aot: $(VENV)/.dev
-	$(call pytest,$(VENV)) -m aot
+	$(call pytest,$(VENV)) tests/kernels -m aot
 	$(BIN)/neobert aot
 
 # The oldest stack that pyproject.toml promises: kernels, their builds, the model and the patch.
 compat: $(COMPAT)/.dev
 	TRITON_INTERPRET=1 $(call pytest,$(COMPAT)) tests/kernels tests/patch
-	$(call pytest,$(COMPAT)) -m aot
-	$(call pytest,$(COMPAT)) tests/model tests/patch
+	$(call pytest,$(COMPAT)) tests/kernels -m aot
+	$(call pytest,$(COMPAT)) tests/model tests/encode tests/patch
 
 demo: $(VENV)/.demo
 	$(BIN)/neobert demo --texts $(TEXTS)

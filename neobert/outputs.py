@@ -85,6 +85,15 @@ def partial_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
+def interruption(output: Path) -> str:
+    """What an interrupted job leaves, and how to go on."""
+    folder = partial_folder(output)
+    rows = _load_state(folder / "state.json").rows
+    if not rows:
+        return "interrupted; no rows were finished; run the same command again to begin"
+    return f"interrupted; {rows:,} rows are kept in {folder}; run the same command again to resume"
+
+
 def sidecar(output: Path) -> Path:
     """Where the description of a ``.npy`` output stands."""
     return output.with_name(f"{output.name}.json")

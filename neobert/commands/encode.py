@@ -1,7 +1,12 @@
 """``neobert encode``: texts in, one file of embeddings out."""
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +20,7 @@ from neobert.commands.arguments import (
 )
 from neobert.commands.job import WINDOW, encode_file
 from neobert.inputs import STDIN, open_source
-from neobert.outputs import check_output, partial_folder, sidecar
+from neobert.outputs import check_output, interruption, partial_folder, sidecar
 from neobert.readers import InputError
 
 if TYPE_CHECKING:
@@ -73,19 +78,41 @@ def run(args: argparse.Namespace) -> int:
     source = open_source(
         args.input, options, exclude=(output, sidecar(output), partial_folder(output))
     )
-    summary = encode_file(
-        lambda: _load(args),
-        source,
-        output,
-        options=model_options(args),
-        window=args.window,
-        overwrite=args.overwrite,
-        restart=args.restart,
-        quiet=args.quiet,
-    )
+    with _leaving_at_once(output) if args.input == STDIN else contextlib.nullcontext():
+        summary = encode_file(
+            lambda: _load(args),
+            source,
+            output,
+            options=model_options(args),
+            window=args.window,
+            overwrite=args.overwrite,
+            restart=args.restart,
+            quiet=args.quiet,
+        )
     if not args.quiet:
         print(summary)
     return 0
+
+
+@contextlib.contextmanager
+def _leaving_at_once(output: Path) -> Iterator[None]:
+    """End the process on Ctrl-C: a thread that waits for a line cannot be stopped in another way.
+
+    What is on disk is safe at any moment, so nothing is lost.
+    """
+
+    def leave(*_: object) -> None:
+        os.write(2, f"\nneobert: {interruption(output)}\n".encode())
+        os._exit(130)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _load(args: argparse.Namespace) -> "Encoder":

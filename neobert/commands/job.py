@@ -18,7 +18,7 @@ import numpy as np
 
 from neobert.commands.progress import Progress
 from neobert.inputs import Source, source_record
-from neobert.outputs import Partial, State
+from neobert.outputs import Partial, State, interruption
 from neobert.readers import InputError
 
 WINDOW = 4096
@@ -131,11 +131,7 @@ def encode_file(
         partial.finish(_description(encoder, source, options, partial.state), overwrite)
         return _summary(partial.state, output)
     except KeyboardInterrupt:
-        rows = partial.state.rows
-        kept = f"{rows:,} rows are kept in {partial.folder}" if rows else "no rows were finished"
-        raise KeyboardInterrupt(
-            f"interrupted; {kept}; run the same command again to {'resume' if rows else 'begin'}"
-        ) from None
+        raise KeyboardInterrupt(interruption(output)) from None
     finally:
         if partial.state.rows or partial.state.finished:
             partial.close()

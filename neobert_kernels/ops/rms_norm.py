@@ -54,6 +54,12 @@ def _tile(
 
 
 @triton.jit
+def _past_the_end(start, rows, ROWS: tl.constexpr):
+    """1 for rows that do not exist: with an eps of 0 their scale would be infinite, dweight NaN."""
+    return (start + tl.arange(0, ROWS) >= rows).to(tl.float32)
+
+
+@triton.jit
 def _load_row(ptr, j: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
     """Columns ``j * CHUNK ...`` of a ``[C]`` vector in float32, zero past its end."""
     column = j * CHUNK + tl.arange(0, CHUNK)
@@ -71,7 +77,7 @@ def _forward_kernel(
     CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
     start = tl.program_id(0) * ROWS
     chunks = ()
-    square_sum = tl.zeros((ROWS,), tl.float32)
+    square_sum = _past_the_end(start, rows, ROWS)
     for j in tl.static_range(CHUNKS):
         offset, inside = _tile(start, rows, x_stride, j, C, CHUNK, ROWS)
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
@@ -103,7 +109,7 @@ def _backward_kernel(
         dweight = dweight + (tl.zeros((ROWS, CHUNK), tl.float32),)  # noqa: RUF005
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         xs, dys = (), ()
-        square_sum = tl.zeros((ROWS,), tl.float32)
+        square_sum = _past_the_end(start, rows, ROWS)
         gx_sum = tl.zeros((ROWS,), tl.float32)
         for j in tl.static_range(CHUNKS):
             offset, inside = _tile(start, rows, x_stride, j, C, CHUNK, ROWS)

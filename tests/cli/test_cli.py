@@ -174,7 +174,7 @@ assert not [f for f in sys.meta_path if type(f).__module__ == "neobert._auto"]
 """
 
 
-@pytest.mark.parametrize("first", ["import neobert, transformers", "import neobert.model"])
-def test_the_auto_classes_know_neobert_in_any_order_of_imports(first: str) -> None:
-    done = python(AUTO.format(first=first))
+def test_the_auto_classes_know_neobert_when_our_module_imports_transformers() -> None:
+    """The hard order: a module of ours is half imported when transformers has been loaded."""
+    done = python(AUTO.format(first="import neobert.model"))
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -257,3 +260,45 @@ def test_a_model_that_is_not_there_leaves_nothing_behind(
     paths: tuple[Any, ...] = ("--input", tmp_path / "in.txt", "--output", tmp_path / "out.npy")
     assert "model" in refused(capsys, "encode", "--model", tmp_path / "gone", *paths)
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+BLOCKED = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from neobert.commands.encode import _leaving_at_once
+
+with _leaving_at_once(Path(sys.argv[1])), ThreadPoolExecutor(1) as pool:
+    line = pool.submit(sys.stdin.buffer.readline)
+    print("waiting", flush=True)
+    line.result()
+"""
+
+
+def test_ctrl_c_ends_a_run_that_waits_for_a_line(tmp_path: Path) -> None:
+    state = {"version": 1, "rows": 12}
+    (tmp_path / "out.npy.partial").mkdir()
+    (tmp_path / "out.npy.partial" / "state.json").write_text(json.dumps(state))
+    with subprocess.Popen(
+        [sys.executable, "-c", BLOCKED, str(tmp_path / "out.npy")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert "interrupted; 12 rows are kept in" in process.stderr.read()
+
+
+def test_standard_input_leaves_the_signal_as_it_was(
+    folder: Path, encode: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one")))
+    assert encode("-", folder / "signal.npy", "--quiet") == 0
+    assert signal.getsignal(signal.SIGINT) is before

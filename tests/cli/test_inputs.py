@@ -211,6 +211,12 @@ BROKEN = [
         {"id_column": "id"},
         r":1: expected a string or an integer in 'id', got NoneType",
     ),
+    (
+        "a.jsonl",
+        b'{"text": "x", "id": true}',
+        {"id_column": "id"},
+        r":1: expected a string or an integer in 'id', got bool",
+    ),
     ("a.parquet", b"PAR1 not really", {}, r"a\.parquet: expected a Parquet file"),
     ("a.md", b"x" * 40, {"whole_files": True}, r"a\.md: expected at most 32 bytes in a text"),
     ("a.md", b"\xff", {"whole_files": True}, r"a\.md: expected UTF-8"),

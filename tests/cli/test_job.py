@@ -176,6 +176,37 @@ def test_replacing_an_output_keeps_the_old_one_until_the_end(
     assert files_of(output) == expected
 
 
+def test_everything_is_on_the_disk_before_a_name_points_to_it(
+    source: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut loses what was not synced; a kill does not, so only the order can be seen."""
+    synced: set[int] = set()
+    replaced: list[str] = []
+    real_fsync, real_replace, real_write = os.fsync, os.replace, outputs._write_all
+
+    def write(file: Any, data: memoryview) -> None:
+        synced.discard(os.fstat(file.fileno()).st_ino)
+        real_write(file, data)
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        real_fsync(descriptor)
+
+    def replace(staged: Path, name: Path) -> None:
+        assert staged.stat().st_ino in synced
+        for rows in partial_folder(output).glob("[ir]*"):
+            assert rows.stat().st_ino in synced or not replaced
+        replaced.append(Path(name).name)
+        real_replace(staged, name)
+
+    monkeypatch.setattr(outputs, "_write_all", write)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    run_job(open_source(str(source)), output)
+    assert replaced[-1] == output.name
+    assert replaced.count("state.json") == 7  # at the beginning, five windows, at the end
+
+
 def test_half_written_rows_are_cut_off(
     source: Path, output: Path, expected: dict[str, bytes]
 ) -> None:
