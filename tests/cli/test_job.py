@@ -213,7 +213,7 @@ def test_half_written_rows_are_cut_off(
     with pytest.raises(Killed):
         run_job(source, output, stop_after(8))
     with open(partial_folder(output) / "rows.npy", "ab") as file:
-        file.write(b"half a row")
+        file.write(b"a torn write that is longer than all rows to come" * 20)
     run_job(source, output)
     assert files_of(output) == expected
 
@@ -228,7 +228,7 @@ def test_ids_follow_their_rows_through_a_kill(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run_job(source(), output, stop_after(8))
     with open(partial_folder(output) / "ids.jsonl", "ab") as file:
-        file.write(b'"half')
+        file.write(b'"a torn write that is longer than all ids to come' * 20)
     run_job(source(), output)
     table = pq.read_table(output)
     assert table["id"].to_pylist() == [f"{i:02}.md" for i in range(11)]
