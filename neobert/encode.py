@@ -31,6 +31,8 @@ WINDOW = 4096
 # On a CPU one worker's activations should stay in its cache; a GPU wants enough rows to fill it.
 MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
 
+SMALLEST_BATCH = 128  # tokens; below, a matrix product costs more than its share
+
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json"]
@@ -247,11 +249,13 @@ class Encoder:
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Rows of each batch, longest texts first: equal lengths meet, and no straggler is last."""
         rows: list[int] = []
-        tokens = 0
+        tokens, left, workers = 0, sum(lengths), 2 * self.threads
         for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-            if rows and tokens + lengths[row] > self.max_tokens:
+            # The last batches shrink, so that the workers finish together.
+            budget = min(self.max_tokens, max(left // workers, SMALLEST_BATCH))
+            if rows and tokens + lengths[row] > budget:
                 yield rows
-                rows, tokens = [], 0
+                rows, tokens, left = [], 0, left - tokens
             rows.append(row)
             tokens += lengths[row]
         if rows:

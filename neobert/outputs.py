@@ -127,9 +127,6 @@ class Partial:
             if restart:
                 _clear(folder)
             state = _load_state(folder / "state.json")
-            if not state.rows and not state.finished:
-                _clear(folder)
-                state = State()
         except BaseException:
             lock.close()
             raise

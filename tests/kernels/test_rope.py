@@ -30,13 +30,15 @@ def by_hand(x, positions, theta, interleaved):
 
 @layouts
 @pytest.mark.parametrize("theta", [10000.0, 160000.0])
-def test_matches_the_rotation_written_out(interleaved, theta, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_matches_the_rotation_written_out(interleaved, theta, dtype, device):
     positions = torch.tensor([0, 1, 5, 2, 63], device=device)
-    x = torch.randn(5, 2, 8, device=device)
+    x = torch.randn(5, 2, 8, device=device).to(dtype)
     y = nk.rope(x, *nk.rope_table(positions, 8, theta), interleaved=interleaved)
     exact = by_hand(x.double(), positions.tolist(), theta, interleaved)
     # Angles are float32: at position 63 they are off by up to 63 rounding errors.
-    assert_within_budget(y, exact.float(), exact, ulps=64)
+    ulps = 64 if dtype is torch.float32 else 0
+    assert_within_budget(y, exact.to(dtype), exact, ulps=ulps)
 
 
 @layouts

@@ -25,11 +25,13 @@ ops = pytest.mark.parametrize(("op", "reference", "activation"), OPS.values(), i
 
 
 @ops
-def test_matches_the_formula_written_out(op, reference, activation, device):
-    x = torch.randn(5, 6, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_matches_the_formula_written_out(op, reference, activation, dtype, device):
+    x = torch.randn(5, 6, device=device).to(dtype)
     rows = [[activation(r[i]) * r[i + 3] for i in range(3)] for r in x.double().tolist()]
     exact = torch.tensor(rows, dtype=torch.float64, device=device)
-    assert_within_budget(op(x), exact.float(), exact)
+    ulps = 2 if dtype is torch.float32 else 0  # 16 bits: nothing but the last rounding
+    assert_within_budget(op(x), exact.to(dtype), exact, ulps=ulps)
 
 
 @ops
