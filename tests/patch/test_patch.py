@@ -71,8 +71,8 @@ def last(model, **inputs):
     return model(**inputs).last_hidden_state
 
 
-def assert_same(actual, rounded, exact, what="output"):
-    assert_within_budget(actual.detach(), rounded.detach(), exact.detach(), what, ulps=4)
+def assert_same(actual, rounded, exact, what="output", ulps=4):
+    assert_within_budget(actual.detach(), rounded.detach(), exact.detach(), what, ulps=ulps)
 
 
 @families
@@ -198,7 +198,7 @@ def test_loss_and_every_gradient_through_a_head(family, checkpointing):
     for (name, a), r, e in pairs:
         assert (a.grad is None) == (r.grad is None), name
         if a.grad is not None:
-            assert_same(a.grad, r.grad, e.grad, name)
+            assert_same(a.grad, r.grad, e.grad, name, ulps=8)  # two passes: docs/numerics.md
 
 
 @pytest.mark.parametrize("family", HEADS)
