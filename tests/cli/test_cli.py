@@ -54,7 +54,7 @@ def test_help_and_bad_input_load_nothing_heavy(arguments: list[str], code: int) 
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["encod"], ["encode"], ["encode", "--window", "0"], ["encode", "--mod", "m"], ["--what"]],
+    [[], ["encod"], ["encode"], ["encode", "--window", "0"], ["doctor", "--js"], ["--what"]],
     ids=" ".join,
 )
 def test_a_wrong_command_line_is_one_line(

@@ -71,8 +71,15 @@ def last(model, **inputs):
     return model(**inputs).last_hidden_state
 
 
-def assert_same(actual, rounded, exact, what="output", ulps=4):
-    assert_within_budget(actual.detach(), rounded.detach(), exact.detach(), what, ulps=ulps)
+def assert_same(actual, rounded, exact, what="output"):
+    assert_within_budget(actual.detach(), rounded.detach(), exact.detach(), what, ulps=4)
+
+
+def assert_same_gradient(actual, rounded, exact, what):
+    """The same budget on the norm: behind a whole model single elements are rounding noise."""
+    error, reference = ((grad.double() - exact).norm() for grad in (actual, rounded))
+    floor = 4 * torch.finfo(actual.dtype).eps * exact.norm()
+    assert error <= 2 * reference + floor, f"{what}: error {error:.3e} of {exact.norm():.3e}"
 
 
 @families
@@ -198,7 +205,7 @@ def test_loss_and_every_gradient_through_a_head(family, checkpointing):
     for (name, a), r, e in pairs:
         assert (a.grad is None) == (r.grad is None), name
         if a.grad is not None:
-            assert_same(a.grad, r.grad, e.grad, name, ulps=8)  # two passes: docs/numerics.md
+            assert_same_gradient(a.grad, r.grad, e.grad, name)
 
 
 @pytest.mark.parametrize("family", HEADS)
