@@ -187,7 +187,7 @@ def test_pooled_output_and_token_types_of_bert():
 @pytest.mark.parametrize("family", HEADS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_loss_and_every_gradient_through_a_head(family, checkpointing):
-    model = randomized(HEADS[family]()).train()
+    model = HEADS[family]().train()  # as initialized: saturated softmaxes would amplify rounding
     ids, mask = padded()
     labels = torch.where((torch.rand(ids.shape) < 0.5) & (mask == 1), ids, -100)
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
