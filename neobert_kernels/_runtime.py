@@ -26,8 +26,9 @@ class Launch:
     """One compiled form of a kernel: what `neobert_kernels.aot` builds without a GPU.
 
     ``signature`` gives every argument a Triton type; ``aligned`` names the pointers and integers
-    that are divisible by 16. ``memory_bound`` kernels owe 16-byte global accesses, and a
-    ``supported`` launch must not spill.
+    that are divisible by 16. ``memory_bound`` kernels owe 16-byte global accesses, except for
+    ``narrow_once`` of them, which a program makes once behind its loop; a ``supported`` launch must
+    not spill.
     """
 
     kernel: Any
@@ -39,6 +40,7 @@ class Launch:
     num_stages: int = 1
     aligned: tuple[str, ...] = ()
     memory_bound: bool = True
+    narrow_once: int = 0
     supported: bool = True
 
 

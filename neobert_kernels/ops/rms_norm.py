@@ -11,18 +11,13 @@ recomputed, so the forward saves only its input.
 Source: Zhang and Sennrich 2019, arXiv:1910.07467, section 4.
 """
 
-import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neobert_kernels import _check, _runtime
-from neobert_kernels._triton import tl, triton
-
-MAX_CHANNELS = 16384  # a program keeps whole rows in registers
+from neobert_kernels.ops import _norms
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -40,199 +35,20 @@ def add_rms_norm_reference(
     return rms_norm_reference(h, weight, eps), h
 
 
-@triton.jit
-def _tile(
-    start, rows, stride, j: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """Offsets and mask of columns ``j * CHUNK ...`` of ``ROWS`` rows from ``start``."""
-    row = start + tl.arange(0, ROWS)
-    column = j * CHUNK + tl.arange(0, CHUNK)
-    inside = (row < rows)[:, None]
-    if (j + 1) * CHUNK > C:
-        inside = inside & (column < C)[None, :]
-    return row.to(tl.int64)[:, None] * stride + column[None, :], inside
-
-
-@triton.jit
-def _past_the_end(start, rows, ROWS: tl.constexpr):
-    """1 for rows that do not exist: with an eps of 0 their scale would be infinite, dweight NaN."""
-    return (start + tl.arange(0, ROWS) >= rows).to(tl.float32)
-
-
-@triton.jit
-def _load_row(ptr, j: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns ``j * CHUNK ...`` of a ``[C]`` vector in float32, zero past its end."""
-    column = j * CHUNK + tl.arange(0, CHUNK)
-    if (j + 1) * CHUNK > C:
-        return tl.load(ptr + column, mask=column < C, other=0.0).to(tl.float32)
-    return tl.load(ptr + column).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rows, x_stride, residual_stride, eps,
-    C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """One program per ``ROWS`` rows, each read once and kept in registers as chunks."""
-    CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
-    start = tl.program_id(0) * ROWS
-    chunks = ()
-    square_sum = _past_the_end(start, rows, ROWS)
-    for j in tl.static_range(CHUNKS):
-        offset, inside = _tile(start, rows, x_stride, j, C, CHUNK, ROWS)
-        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            offset, inside = _tile(start, rows, residual_stride, j, C, CHUNK, ROWS)
-            x += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-            offset, inside = _tile(start, rows, C, j, C, CHUNK, ROWS)
-            h = x.to(h_ptr.dtype.element_ty)
-            tl.store(h_ptr + offset, h, mask=inside)
-            x = h.to(tl.float32)
-        chunks = chunks + (x,)  # noqa: RUF005  (Triton has no unpacking)
-        square_sum += tl.sum(x * x, axis=1)
-    scale = tl.rsqrt(square_sum / C + eps)[:, None]
-    for j in tl.static_range(CHUNKS):
-        offset, inside = _tile(start, rows, C, j, C, CHUNK, ROWS)
-        y = _load_row(weight_ptr, j, C, CHUNK)[None, :] * (chunks[j] * scale)
-        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _backward_kernel(
-    dy_ptr, dh_ptr, x_ptr, weight_ptr, dx_ptr, partial_ptr, rows, dy_stride, dh_stride, x_stride,
-    eps, C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, HAS_DH: tl.constexpr,
-):  # fmt: skip
-    """Program p takes every P-th group of rows and owns row p of ``partial``: no atomics."""
-    CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
-    dweight = ()
-    for _ in tl.static_range(CHUNKS):
-        dweight = dweight + (tl.zeros((ROWS, CHUNK), tl.float32),)  # noqa: RUF005
-    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        xs, dys = (), ()
-        square_sum = _past_the_end(start, rows, ROWS)
-        gx_sum = tl.zeros((ROWS,), tl.float32)
-        for j in tl.static_range(CHUNKS):
-            offset, inside = _tile(start, rows, x_stride, j, C, CHUNK, ROWS)
-            x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-            offset, inside = _tile(start, rows, dy_stride, j, C, CHUNK, ROWS)
-            dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-            g = dy * _load_row(weight_ptr, j, C, CHUNK)[None, :]
-            square_sum += tl.sum(x * x, axis=1)
-            gx_sum += tl.sum(g * x, axis=1)
-            xs, dys = xs + (x,), dys + (dy,)  # noqa: RUF005
-        scale = tl.rsqrt(square_sum / C + eps)
-        gn_mean = (gx_sum * scale / C)[:, None]
-        scale = scale[:, None]
-        sums = ()
-        for j in tl.static_range(CHUNKS):
-            n = xs[j] * scale
-            g = dys[j] * _load_row(weight_ptr, j, C, CHUNK)[None, :]
-            dx = scale * (g - n * gn_mean)
-            if HAS_DH:
-                offset, inside = _tile(start, rows, dh_stride, j, C, CHUNK, ROWS)
-                dx += tl.load(dh_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-            offset, inside = _tile(start, rows, C, j, C, CHUNK, ROWS)
-            tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-            sums = sums + (dweight[j] + dys[j] * n,)  # noqa: RUF005
-        dweight = sums
-    for j in tl.static_range(CHUNKS):
-        column = j * CHUNK + tl.arange(0, CHUNK)
-        offset = tl.program_id(0).to(tl.int64) * C + column
-        tl.store(partial_ptr + offset, tl.sum(dweight[j], axis=0), mask=column < C)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How one kernel cuts its work. A lane moves 16 neighbouring bytes at a time.
-
-    ``chunk`` columns are handled at once; a row is ``ceil(C / chunk)`` chunks, all in registers;
-    ``rows`` rows share a program of ``warps`` warps.
-    """
-
-    chunk: int
-    rows: int
-    warps: int
-
-    def constexprs(self, C: int, **flags: bool) -> dict[str, Any]:
-        return {"C": C, "CHUNK": self.chunk, "ROWS": self.rows, **flags}
-
-
-PROGRAMS_PER_SM = 4  # of 4 warps, in the backward; unmeasured
-
-
-@functools.cache
-def choice(C: int, itemsize: int, backward: bool) -> Choice:
-    """The chunk that idles the fewest lanes, then the one nearest to a row for each warp.
-
-    Unmeasured. A lane holds at most 72 elements of a row forward (x) and 40 backward (x, dy and the
-    weight gradient), which the ahead-of-time report shows to fit into registers without a spill.
-    """
-    vector = 16 // itemsize
-    warp = 32 * vector
-
-    def cost(chunk: int) -> tuple[int, int]:
-        return -(-C // chunk) * chunk, abs(chunk - warp)
-
-    most = 40 if backward else 72
-    chunks = [warp // 2 << i for i in range(8)]
-    chunk = min((c for c in chunks if -(-C // c) * vector <= most), key=cost)
-    warps = max(4, chunk // warp)
-    return Choice(chunk=chunk, rows=warps * warp // chunk, warps=warps)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x`` as ``[rows, C]`` with neighbouring channels; a copy only where no view exists."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    h = y if residual is None else torch.empty_like(y)
-    C = x.shape[-1]
-    x = _rows(x)
-    residual = x if residual is None else _rows(residual)
-    rows = x.shape[0]
-    if rows:
-        tile = choice(C, x.element_size(), backward=False)
-        _forward_kernel[(triton.cdiv(rows, tile.rows),)](
-            x, residual, weight.contiguous(), y, h, rows, x.stride(0), residual.stride(0), eps,
-            **tile.constexprs(C, HAS_RESIDUAL=h is not y), num_warps=tile.warps,
-            **_runtime.FP_FUSION,
-        )  # fmt: skip
-    return y, h
-
-
 def _launch_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _launch(x, None, weight, eps)[0]
+    return _norms.forward(x, None, weight, None, eps, centered=False)[0]
 
 
 def _launch_add_forward(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    y, h = _launch(x, residual, weight, eps)
-    return y, h
+    return _norms.forward(x, residual, weight, None, eps, centered=False)
 
 
 def _launch_backward(
     dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    C = x.shape[-1]
-    dy, x = _rows(dy), _rows(x)
-    other = dy if dh is None else _rows(dh)
-    rows = x.shape[0]
-    if not rows:
-        return dx, torch.zeros_like(weight)
-    tile = choice(C, x.element_size(), backward=True)
-    programs = min(triton.cdiv(rows, tile.rows), _runtime.resident_programs(x, PROGRAMS_PER_SM))
-    partial = x.new_empty((programs, C), dtype=torch.float32)
-    _backward_kernel[(programs,)](
-        dy, other, x, weight.contiguous(), dx, partial, rows, dy.stride(0), other.stride(0),
-        x.stride(0), eps, **tile.constexprs(C, HAS_DH=dh is not None), num_warps=tile.warps,
-        **_runtime.FP_FUSION,
-    )  # fmt: skip
-    return dx, partial.sum(0).to(weight.dtype)
+    return _norms.backward(dy, dh, x, weight, None, eps, centered=False)[:2]
 
 
 def _fake_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -311,7 +127,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     Raises:
         ValueError: A shape, dtype, device or ``eps`` breaks the rules above.
     """
-    _check.channels("x", x, "weight", weight, MAX_CHANNELS)
+    _check.channels("x", x, "weight", weight, _norms.MAX_CHANNELS)
     _check.positive("eps", eps, zero=True)
     if not _runtime.use_kernel(x):
         return rms_norm_reference(x, weight, eps)
@@ -335,7 +151,7 @@ def add_rms_norm(
     Raises:
         ValueError: A shape, dtype, device or ``eps`` breaks the rules above.
     """
-    _check.channels("x", x, "weight", weight, MAX_CHANNELS)
+    _check.channels("x", x, "weight", weight, _norms.MAX_CHANNELS)
     _check.like("residual", residual, "x", x)
     _check.positive("eps", eps, zero=True)
     if not _runtime.use_kernel(x):
@@ -343,36 +159,15 @@ def add_rms_norm(
     return _AddRMSNorm.apply(x, residual, weight, eps)
 
 
-WIDTHS = (256, 384, 760, 768, 1024, 1152, 1792, 2304, 4096)
-
-
-def _launches(kernel: Any, backward: bool, flag: str, on: bool) -> Iterator[_runtime.Launch]:
-    for dtype in _check.DTYPES:
-        # Both 16-bit types move the same bytes through the same choices: one width shows it.
-        for C in (768,) if dtype == torch.float16 else WIDTHS:
-            tile = choice(C, dtype.itemsize, backward)
-            signature = _runtime.signature(kernel, dtype, eps="fp32", partial_ptr="*fp32")
-            yield _runtime.Launch(
-                kernel=kernel,
-                name=f"{'add_' * on}rms_norm_{'backward' if backward else 'forward'}",
-                case=f"C={C} {_runtime.TRITON_TYPES[dtype]}",
-                signature=signature,
-                constexprs=tile.constexprs(C, **{flag: on}),
-                num_warps=tile.warps,
-                aligned=tuple(n for n in signature if n.endswith(("_ptr", "_stride"))),
-            )
-
-
-def _rms_norm_launches(sm: int) -> Iterator[_runtime.Launch]:
-    yield from _launches(_forward_kernel, False, "HAS_RESIDUAL", False)
-    yield from _launches(_backward_kernel, True, "HAS_DH", False)
-
-
-def _add_rms_norm_launches(sm: int) -> Iterator[_runtime.Launch]:
-    yield from _launches(_forward_kernel, False, "HAS_RESIDUAL", True)
-    yield from _launches(_backward_kernel, True, "HAS_DH", True)
-
-
-KERNELS = (_forward_kernel, _backward_kernel)
-_runtime.operator(rms_norm, rms_norm_reference, KERNELS, _rms_norm_launches)
-_runtime.operator(add_rms_norm, add_rms_norm_reference, KERNELS, _add_rms_norm_launches)
+_runtime.operator(
+    rms_norm,
+    rms_norm_reference,
+    _norms.KERNELS,
+    lambda sm: _norms.launches("rms_norm", added=False, centered=False),
+)
+_runtime.operator(
+    add_rms_norm,
+    add_rms_norm_reference,
+    _norms.KERNELS,
+    lambda sm: _norms.launches("add_rms_norm", added=True, centered=False),
+)

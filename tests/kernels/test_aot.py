@@ -125,6 +125,7 @@ def test_narrow_accesses_are_a_problem_of_aligned_memory_bound_kernels(register:
     assert len(aot.problems(report)) == 2
     assert not aot.problems(report_of(register, replace(narrow, memory_bound=False)))
     assert not aot.problems(report_of(register, replace(narrow, aligned=())))
+    assert not aot.problems(report_of(register, replace(narrow, narrow_once=1)))
 
 
 def test_a_wide_minority_does_not_hide_narrow_accesses(register: Any) -> None:

@@ -12,6 +12,7 @@ from parity import assert_parity, assert_within_budget, outputs_and_gradients
 from torch import Tensor
 
 from neobert_kernels import _runtime
+from neobert_kernels.ops import _norms
 from neobert_kernels.ops import rms_norm as module
 from neobert_kernels.ops.rms_norm import (
     add_rms_norm,
@@ -103,7 +104,7 @@ def test_matches_float64(
 @both
 @every_dtype
 def test_rows_around_a_block(op: Callable, reference: Callable, dtype: torch.dtype) -> None:
-    block = module.choice(96, dtype.itemsize, backward=True).rows
+    block = _norms.choice(96, dtype.itemsize, _norms.BACKWARD_PER_LANE).rows
     for rows in (block - 1, block, block + 1, 4 * block, 4 * block + 1):  # 4 programs interpreted
         compare(op, reference, (rows, 96), dtype)
 
@@ -337,22 +338,22 @@ def test_more_than_two_to_the_31_elements(op: Callable, reference: Callable) -> 
 
 @pytest.mark.parametrize("C", [1, 2, 127, 384, 768, 1152, 1792, 2304, 4097, 16384])
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("backward", [False, True])
-def test_every_choice_covers_its_row_with_whole_warps(
-    C: int, itemsize: int, backward: bool
-) -> None:
-    tile = module.choice(C, itemsize, backward)
+@pytest.mark.parametrize("per_lane", [_norms.FORWARD_PER_LANE, _norms.BACKWARD_PER_LANE])
+def test_every_choice_covers_its_row_with_whole_warps(C: int, itemsize: int, per_lane: int) -> None:
+    tile = _norms.choice(C, itemsize, per_lane)
     lanes = tile.chunk * itemsize // 16
     assert lanes * tile.rows == 32 * tile.warps
     assert tile.warps in (4, 8, 16, 32)
-    chunks = -(-C // tile.chunk)
-    assert (chunks - 1) * tile.chunk < C
+    assert C % tile.chunk <= tile.tail <= tile.chunk
+    assert tile.per_lane <= per_lane
 
 
-@pytest.mark.parametrize("C", [384, 768, 1792])
+@pytest.mark.parametrize("C", [256, 384, 768, 1024, 1152, 1792, 2304, 4096])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_no_lane_idles_at_common_widths(C: int, itemsize: int) -> None:
-    assert C % module.choice(C, itemsize, backward=False).chunk == 0
+@pytest.mark.parametrize("per_lane", [_norms.FORWARD_PER_LANE, _norms.BACKWARD_PER_LANE])
+def test_no_lane_idles_at_common_widths(C: int, itemsize: int, per_lane: int) -> None:
+    tile = _norms.choice(C, itemsize, per_lane)
+    assert C % tile.chunk in (0, tile.tail)
 
 
 X, W = torch.ones(2, 4), torch.ones(4)

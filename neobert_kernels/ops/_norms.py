@@ -1,0 +1,411 @@
+"""The kernels behind `rms_norm` and `layer_norm`: a row is read once and stays in registers.
+
+With the centre ``m`` (0 for `rms_norm`, the row's mean for `layer_norm`),
+``s = rsqrt(mean((x - m)**2) + eps)`` and ``n = (x - m) * s``, the forward is
+``y = weight * n + bias``. With ``g = dy * weight`` the backward is
+``dx = s * (g - n * mean(g * n) - mean(g))``, the last term only where a mean was subtracted, plus
+``dh`` where the input itself was used; ``dweight = sum(dy * n)`` and ``dbias = sum(dy)`` over rows.
+
+A row is cut into chunks of ``CHUNK`` columns, 16 bytes for each lane, and a last one of ``TAIL``: a
+half or a quarter of a chunk, so 8 or 4 bytes a lane, where that leaves no lane idle. 1,152 columns
+of bfloat16 are four chunks of 256 and one of 128. Where a row belongs to one warp, as it does up to
+about a thousand columns, its sums are shuffles and need no barrier.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neobert_kernels import _runtime
+from neobert_kernels._triton import tl, triton
+
+MAX_CHANNELS = 16384  # a program keeps whole rows in registers
+
+
+@triton.jit
+def _columns(j: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    """The columns of chunk ``j`` as ``[1, width]``."""
+    WIDTH: tl.constexpr = CHUNK if (j + 1) * CHUNK <= C else TAIL
+    return j * CHUNK + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def _tile(
+    row, rows, stride, j: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr
+):  # fmt: skip
+    """Offsets and mask of chunk ``j`` of the rows ``row [ROWS, 1]``."""
+    column = _columns(j, C, CHUNK, TAIL)
+    inside = row < rows
+    if j * CHUNK + TAIL > C:
+        inside = inside & (column < C)
+    return row.to(tl.int64) * stride + column, inside
+
+
+@triton.jit
+def _load_vector(
+    ptr, row, j: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr
+):  # fmt: skip
+    """Chunk ``j`` of a ``[C]`` vector in float32, repeated for each row, zero past its end.
+
+    It is loaded as a whole tile, in the layout of the rows: one row would be laid out over all
+    warps, and would pass through shared memory and a barrier before it meets the others.
+    """
+    column = _columns(j, C, CHUNK, TAIL) + row * 0
+    if j * CHUNK + TAIL > C:
+        return tl.load(ptr + column, mask=column < C, other=0.0).to(tl.float32)
+    return tl.load(ptr + column).to(tl.float32)
+
+
+@triton.jit
+def _row_sums(tiles, C: tl.constexpr, CHUNK: tl.constexpr):
+    """Sums of whole rows ``[ROWS, 1]``: whole chunks are added lane by lane, then once across."""
+    total = tiles[0]
+    for j in tl.static_range(1, C // CHUNK):
+        total += tiles[j]
+    sums = tl.sum(total, axis=1)[:, None]
+    if C > CHUNK and C % CHUNK != 0:
+        sums += tl.sum(tiles[C // CHUNK], axis=1)[:, None]
+    return sums
+
+
+@triton.jit
+def _row_dots(xs, ys, C: tl.constexpr, CHUNK: tl.constexpr):
+    """Inner products of whole rows ``[ROWS, 1]``, in the order of `_row_sums`."""
+    total = xs[0] * ys[0]
+    for j in tl.static_range(1, C // CHUNK):
+        total += xs[j] * ys[j]
+    sums = tl.sum(total, axis=1)[:, None]
+    if C > CHUNK and C % CHUNK != 0:
+        sums += tl.sum(xs[C // CHUNK] * ys[C // CHUNK], axis=1)[:, None]
+    return sums
+
+
+@triton.jit
+def _center(xs, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    """``x - mean(x)`` of every chunk; 0, not minus the mean, in columns past the end."""
+    mean = _row_sums(xs, C, CHUNK) / C
+    centered = ()
+    for j in tl.static_range(len(xs)):
+        x = xs[j] - mean
+        if j * CHUNK + TAIL > C:
+            x = tl.where(_columns(j, C, CHUNK, TAIL) < C, x, 0.0)
+        centered = centered + (x,)  # noqa: RUF005  (Triton has no unpacking)
+    return centered
+
+
+@triton.jit
+def _scale(xs, row, rows, eps, C: tl.constexpr, CHUNK: tl.constexpr):
+    """``rsqrt(mean(x**2) + eps)``; finite past the last row, where an eps of 0 would give NaN."""
+    return tl.rsqrt(_row_dots(xs, xs, C, CHUNK) / C + eps + (row >= rows).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, rows, x_stride, residual_stride, eps,
+    C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    CENTERED: tl.constexpr,
+):  # fmt: skip
+    """One program per ``ROWS`` rows. ``residual_ptr`` (with ``h_ptr``) and ``bias_ptr`` or None."""
+    CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    # All loads stand before the first store, which none may pass: the two could overlap.
+    xs = ()
+    for j in tl.static_range(CHUNKS):
+        offset, inside = _tile(row, rows, x_stride, j, C, CHUNK, TAIL)
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0)
+        xs = xs + (x.to(tl.float32),)  # noqa: RUF005
+    if residual_ptr is not None:
+        sums = ()
+        for j in tl.static_range(CHUNKS):
+            offset, inside = _tile(row, rows, residual_stride, j, C, CHUNK, TAIL)
+            r = tl.load(residual_ptr + offset, mask=inside, other=0.0)
+            sums = sums + ((xs[j] + r.to(tl.float32)).to(h_ptr.dtype.element_ty),)  # noqa: RUF005
+        xs = ()
+        for j in tl.static_range(CHUNKS):
+            offset, inside = _tile(row, rows, C, j, C, CHUNK, TAIL)
+            tl.store(h_ptr + offset, sums[j], mask=inside)
+            xs = xs + (sums[j].to(tl.float32),)  # noqa: RUF005
+    if CENTERED:
+        xs = _center(xs, C, CHUNK, TAIL)
+    scale = _scale(xs, row, rows, eps, C, CHUNK)
+    for j in tl.static_range(CHUNKS):
+        y = _load_vector(weight_ptr, row, j, C, CHUNK, TAIL) * (xs[j] * scale)
+        if bias_ptr is not None:
+            y += _load_vector(bias_ptr, row, j, C, CHUNK, TAIL)
+        offset, inside = _tile(row, rows, C, j, C, CHUNK, TAIL)
+        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def backward_kernel(
+    dy_ptr, dh_ptr, x_ptr, weight_ptr, dx_ptr, partial_ptr, rows, dy_stride, dh_stride, x_stride,
+    eps, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr, CENTERED: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Program p takes every P-th group of rows and owns part p of ``partial``: no atomics."""
+    CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    lane = tl.arange(0, ROWS)[:, None]
+    weights, dweights, dbiases = (), (), ()
+    for j in tl.static_range(CHUNKS):
+        weights = weights + (_load_vector(weight_ptr, lane, j, C, CHUNK, TAIL),)  # noqa: RUF005
+        dweights = dweights + (tl.zeros_like(weights[j]),)  # noqa: RUF005
+        dbiases = dbiases + (tl.zeros_like(weights[j]),)  # noqa: RUF005
+    first = tl.program_id(0) * ROWS
+    for start in tl.range(first, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        row = start + lane
+        xs, dys, dhs = (), (), ()
+        for j in tl.static_range(CHUNKS):
+            offset, inside = _tile(row, rows, x_stride, j, C, CHUNK, TAIL)
+            x = tl.load(x_ptr + offset, mask=inside, other=0.0)
+            offset, inside = _tile(row, rows, dy_stride, j, C, CHUNK, TAIL)
+            dy = tl.load(dy_ptr + offset, mask=inside, other=0.0)
+            xs, dys = xs + (x.to(tl.float32),), dys + (dy.to(tl.float32),)  # noqa: RUF005
+            if dh_ptr is not None:
+                offset, inside = _tile(row, rows, dh_stride, j, C, CHUNK, TAIL)
+                dhs = dhs + (tl.load(dh_ptr + offset, mask=inside, other=0.0),)  # noqa: RUF005
+        if CENTERED:
+            xs = _center(xs, C, CHUNK, TAIL)
+        scale = _scale(xs, row, rows, eps, C, CHUNK)
+        gs = ()
+        for j in tl.static_range(CHUNKS):
+            gs = gs + (dys[j] * weights[j],)  # noqa: RUF005
+        gn_mean = _row_dots(gs, xs, C, CHUNK) * scale / C
+        if CENTERED:
+            g_mean = _row_sums(gs, C, CHUNK) / C
+        next_dweights, next_dbiases = (), ()
+        for j in tl.static_range(CHUNKS):
+            n = xs[j] * scale
+            dx = gs[j] - n * gn_mean
+            if CENTERED:
+                dx -= g_mean
+            dx *= scale
+            if dh_ptr is not None:
+                dx += dhs[j].to(tl.float32)
+            offset, inside = _tile(row, rows, C, j, C, CHUNK, TAIL)
+            tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            next_dweights = next_dweights + (dweights[j] + dys[j] * n,)  # noqa: RUF005
+            next_dbiases = next_dbiases + (dbiases[j] + dys[j],)  # noqa: RUF005
+        dweights = next_dweights
+        if HAS_BIAS:
+            dbiases = next_dbiases
+    PARTS: tl.constexpr = 2 if HAS_BIAS else 1
+    partial_ptr += tl.program_id(0).to(tl.int64) * (PARTS * C)
+    for j in tl.static_range(CHUNKS):
+        column = _columns(j, C, CHUNK, TAIL)
+        total = tl.sum(dweights[j], axis=0)[None, :]
+        tl.store(partial_ptr + column, total, mask=column < C)
+        if HAS_BIAS:
+            total = tl.sum(dbiases[j], axis=0)[None, :]
+            tl.store(partial_ptr + C + column, total, mask=column < C)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def total_kernel(
+    partial_ptr, dweight_ptr, dbias_ptr, parts, C: tl.constexpr, COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of ``COLUMNS`` columns, in order; ``dbias_ptr`` or None."""
+    KINDS: tl.constexpr = 1 if dbias_ptr is None else 2
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    partial_ptr += tl.program_id(1) * C
+    total = tl.zeros((PARTS, COLUMNS), tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)[:, None]
+        inside = (part < parts) & (column < C)
+        total += tl.load(partial_ptr + part * (KINDS * C) + column, mask=inside, other=0.0)
+    total = tl.sum(total, axis=0)[None, :]
+    if tl.program_id(1) == 0:
+        tl.store(dweight_ptr + column, total.to(dweight_ptr.dtype.element_ty), mask=column < C)
+    elif dbias_ptr is not None:
+        tl.store(dbias_ptr + column, total.to(dbias_ptr.dtype.element_ty), mask=column < C)
+
+
+TOTAL_TILE = {"COLUMNS": 32, "PARTS": 128}  # 16 KiB in flight for each of 4 warps; unmeasured
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a kernel cuts its work: ``rows`` rows of chunks for each program of ``warps`` warps."""
+
+    chunk: int
+    tail: int
+    rows: int
+    warps: int
+    per_lane: int  # elements of a row
+
+    def constexprs(self, C: int) -> dict[str, Any]:
+        return {"C": C, "CHUNK": self.chunk, "TAIL": self.tail, "ROWS": self.rows}
+
+
+@functools.cache
+def choice(C: int, itemsize: int, per_lane: int) -> Choice:
+    """The cut that idles the fewest lanes with the least work across warps, unmeasured.
+
+    ``per_lane`` bounds the elements of a row that a lane may hold, so the registers.
+    """
+    vector = 16 // itemsize
+    warp = 32 * vector
+    cuts = []
+    for chunk in (warp // 2 << i for i in range(7)):
+        whole, rest = divmod(C, chunk)
+        tail = next((t for t in (chunk // 4, chunk // 2) if whole and rest <= t), chunk)
+        held = (whole * chunk + (tail if rest else 0)) * vector // chunk
+        if held <= per_lane:
+            padded = whole * chunk + (tail if rest else 0)
+            warps = max(4, chunk // warp)
+            cut = Choice(chunk, tail if rest else chunk, warps * warp // chunk, warps, held)
+            cuts.append(((padded, abs(chunk - warp)), cut))
+    return min(cuts, key=lambda pair: pair[0])[1]
+
+
+# A lane's elements of one row. Forward: x in float32, 40 to 72 registers in all, so 28 to 48 warps
+# on a multiprocessor, each with a row in flight: 48 to 72 KiB of the 64 that an H200 needs to keep
+# its memory busy. Backward: x, dy, weight and one or two sums, see `programs_per_sm`. Unmeasured.
+FORWARD_PER_LANE = 32
+BACKWARD_PER_LANE = 28
+
+
+def programs_per_sm(tile: Choice, sums: int) -> int:
+    """Backward programs that fit into 65,536 registers; ``sums``: 1, or 2 with a bias. Unmeasured.
+
+    The ahead-of-time report shows about 48 registers, and 3 plus ``sums`` for each element a lane
+    holds: 12 warps at 768 columns, too few to hide memory by themselves, hence `stages`.
+    """
+    return max(1, 65536 // (32 * tile.warps * (48 + (3 + sums) * tile.per_lane)))
+
+
+def stages(tile: Choice, C: int, itemsize: int, tensors: int, programs: int) -> int:
+    """Iterations whose loads run ahead through shared memory, plus the current one. Unmeasured.
+
+    Two where they fit: at 768 bfloat16 columns three programs of four rows of x and dy keep 72 KiB
+    in flight at all times. No program takes more than 96 KiB, which every GPU has.
+    """
+    size = tile.rows * C * itemsize * tensors
+    return 1 + min(2, (160 << 10) // (size * programs), (96 << 10) // size)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` as ``[rows, C]`` with neighbouring channels; a copy only where no view exists."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch the forward kernel: ``(y, h)``, where ``h`` is ``y`` without a residual."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    h = None if residual is None else torch.empty_like(y)
+    C = x.shape[-1]
+    x = as_rows(x)
+    residual = None if residual is None else as_rows(residual)
+    rows = x.shape[0]
+    if rows:
+        tile = choice(C, x.element_size(), FORWARD_PER_LANE)
+        forward_kernel[(triton.cdiv(rows, tile.rows),)](
+            x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), y, h,
+            rows, x.stride(0), 0 if residual is None else residual.stride(0), eps,
+            **tile.constexprs(C), CENTERED=centered, num_warps=tile.warps, **_runtime.FP_FUSION,
+        )  # fmt: skip
+    return y, y if h is None else h
+
+
+def backward(
+    dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Launch the backward kernels: ``(dx, dweight, dbias)``."""
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dbias = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+    C = x.shape[-1]
+    dy, x = as_rows(dy), as_rows(x)
+    dh = None if dh is None else as_rows(dh)
+    rows = x.shape[0]
+    if not rows:
+        return dx, dweight.zero_(), None if dbias is None else dbias.zero_()
+    kinds = 1 if bias is None else 2
+    tile, per_sm, ahead = backward_choice(C, x.element_size(), 2 + (dh is not None), kinds)
+    programs = min(triton.cdiv(rows, tile.rows), _runtime.resident_programs(x, per_sm))
+    partial = x.new_empty((programs, kinds, C), dtype=torch.float32)
+    backward_kernel[(programs,)](
+        dy, dh, x, weight.contiguous(), dx, partial, rows, dy.stride(0),
+        0 if dh is None else dh.stride(0), x.stride(0), eps, **tile.constexprs(C), STAGES=ahead,
+        CENTERED=centered, HAS_BIAS=bias is not None, num_warps=tile.warps, **_runtime.FP_FUSION,
+    )  # fmt: skip
+    total_kernel[(triton.cdiv(C, TOTAL_TILE["COLUMNS"]), kinds)](
+        partial, dweight, dbias, programs, C=C, **TOTAL_TILE, num_warps=4, **_runtime.FP_FUSION
+    )
+    return dx, dweight, dbias
+
+
+@functools.cache
+def backward_choice(C: int, itemsize: int, tensors: int, sums: int) -> tuple[Choice, int, int]:
+    """The cut, the programs for each multiprocessor, and the stages of a backward launch."""
+    tile = choice(C, itemsize, BACKWARD_PER_LANE)
+    programs = programs_per_sm(tile, sums)
+    return tile, programs, stages(tile, C, itemsize, tensors, programs)
+
+
+WIDTHS = (256, 384, 760, 768, 1024, 1152, 1792, 2304, 4096)
+
+
+def launches(name: str, added: bool, centered: bool) -> Iterator[_runtime.Launch]:
+    """What users get: both directions of one operator, with a bias where it has a centre."""
+    cases = [(torch.bfloat16, C, "bf16") for C in WIDTHS]
+    cases += [(torch.float32, C, "fp32") for C in (768, 1024, 4096)]
+    # Half and bfloat16 move the same bytes through the same choices: one width shows it.
+    cases += [(torch.float16, 768, "fp16"), (torch.bfloat16, 768, "fp32")]
+    for dtype, C, weight in cases:
+        case = f"C={C} {_runtime.TRITON_TYPES[dtype]}"
+        case += f", weight {weight}" * (weight != _runtime.TRITON_TYPES[dtype])
+        missing = () if added else ("residual_ptr", "h_ptr", "dh_ptr", "residual_stride")
+        missing += () if centered else ("bias_ptr",)
+        types = dict.fromkeys(("weight_ptr", "bias_ptr"), f"*{weight}") | {"partial_ptr": "*fp32"}
+        cut, _, ahead = backward_choice(C, dtype.itemsize, 2 + added, 1 + centered)
+        for kernel, tile, more in (
+            (forward_kernel, choice(C, dtype.itemsize, FORWARD_PER_LANE), {}),
+            (backward_kernel, cut, {"STAGES": ahead, "HAS_BIAS": centered}),
+        ):
+            names = [p.name for p in kernel.params]
+            absent = {n: None for n in missing if n in names and n.endswith("_ptr")}
+            signature = _runtime.signature(
+                kernel, dtype, eps="fp32", **types | dict.fromkeys(absent, "constexpr")
+            )
+            yield _runtime.Launch(
+                kernel=kernel,
+                name=f"{name}_{'backward' if more else 'forward'}",
+                case=case,
+                signature=signature,
+                constexprs=tile.constexprs(C) | {"CENTERED": centered} | more | absent,
+                num_warps=tile.warps,
+                # A program's partial sums: a chunk's columns over all its lanes.
+                narrow_once=(1 + centered) * triton.cdiv(C, tile.chunk) if more else 0,
+                aligned=tuple(
+                    n for n, kind in signature.items()
+                    if n.endswith(("_ptr", "_stride")) and kind != "constexpr"
+                ),
+            )  # fmt: skip
+    yield total_launch(name, centered)
+
+
+def total_launch(name: str, with_bias: bool) -> _runtime.Launch:
+    types = {"partial_ptr": "*fp32"} | ({} if with_bias else {"dbias_ptr": "constexpr"})
+    signature = _runtime.signature(total_kernel, torch.bfloat16, **types)
+    return _runtime.Launch(
+        kernel=total_kernel,
+        name=f"{name}_total",
+        case="C=768 bf16",
+        signature=signature,
+        constexprs={"C": 768} | TOTAL_TILE | ({} if with_bias else {"dbias_ptr": None}),
+        narrow_once=1 + with_bias,
+        aligned=tuple(n for n in signature if n.endswith("_ptr") and signature[n] != "constexpr"),
+    )
+
+
+KERNELS = (forward_kernel, backward_kernel, total_kernel)
