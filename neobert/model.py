@@ -40,6 +40,7 @@ class Documents(NamedTuple):
 
     cu_seqlens: Tensor
     max_seqlen: int
+    names: tuple[str, str] = ("cu_seqlens", "max_seqlen")  # as the caller has them, for errors
 
 
 def documents_of(kwargs: dict[str, Any]) -> Documents | None:
@@ -49,7 +50,7 @@ def documents_of(kwargs: dict[str, Any]) -> Documents | None:
             continue
         if kwargs.get(longest) is None:
             raise _check.error(longest, f"the longest length beside {lengths}", None)
-        return Documents(kwargs[lengths], int(kwargs[longest]))
+        return Documents(kwargs[lengths], int(kwargs[longest]), (lengths, longest))
     return None
 
 
@@ -137,7 +138,7 @@ class NeoBERTLayer(GradientCheckpointingLayer):
             attended, weights = self._attend(qkv, attention_mask, rotary, attn_implementation)
         else:
             cos, sin = rotary
-            attended = nk.qkv_attention(qkv[0], *documents, cos=cos, sin=sin, interleaved=True)
+            attended = nk.qkv_attention(qkv[0], *documents[:2], cos=cos, sin=sin, interleaved=True)
         hidden_states = hidden_states + self.wo(attended.reshape(hidden_states.shape))
         return hidden_states + self.ffn(self.ffn_norm(hidden_states)), weights
 
@@ -336,7 +337,10 @@ class NeoBERTModel(NeoBERTPreTrainedModel):
             raise _check.error("attention_mask", "None when packed", tuple(attention_mask.shape))
         if output_attentions:
             raise _check.error("output_attentions", "False when packed", output_attentions)
-        _check.cu_seqlens(documents.cu_seqlens, hidden_states.shape[1], hidden_states.device)
+        tokens, device = hidden_states.shape[1], hidden_states.device
+        _check.documents(
+            documents.cu_seqlens, documents.max_seqlen, tokens, device, documents.names
+        )
 
     def _mask(
         self, attention_mask: Tensor | None, hidden_states: Tensor, implementation: str

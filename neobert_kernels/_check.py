@@ -96,6 +96,18 @@ def cu_seqlens(value: Any, tokens: int, where: torch.device, name: str = "cu_seq
             raise error(name, "values that never fall", f"{low} then {high} at index {i}")
 
 
+def documents(
+    bounds: Any, longest: int, tokens: int, where: torch.device, names: tuple[str, str]
+) -> None:
+    """A packed layout under the caller's two names: boundaries, and the longest length."""
+    cu_seqlens(bounds, tokens, where, names[0])
+    if bounds.device.type != "cpu" or torch.compiler.is_compiling() or len(bounds) < 2:
+        return
+    least = int(bounds.diff().max())
+    if longest < least:
+        raise error(names[1], f"at least the longest document ({least})", longest)
+
+
 def _plain(value: Any) -> object:
     if isinstance(value, torch.Size):
         return tuple(value)

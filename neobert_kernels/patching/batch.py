@@ -96,22 +96,22 @@ def _boundaries(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, int] | None:
     """``(cu_seqlens, max_seqlen)`` of an input that the caller packed, else None."""
-    found = None
+    found, names = None, ("", "")
     for lengths, longest in (("cu_seq_lens_q", "max_length_q"), ("cu_seqlens", "max_seqlen")):
         cu_seqlens, max_seqlen = kwargs.pop(lengths, None), kwargs.pop(longest, None)
         if cu_seqlens is not None:
             if max_seqlen is None:
                 raise _check.error(longest, f"the longest length beside {lengths}", None)
-            found = (cu_seqlens, int(max_seqlen))
+            found, names = (cu_seqlens, int(max_seqlen)), (lengths, longest)
     other, _ = kwargs.pop("cu_seq_lens_k", None), kwargs.pop("max_length_k", None)
     if found is not None:
         if len(tokens) != 1:
             raise _check.error("input_ids", "one row when packed", f"{len(tokens)} rows")
         if attention_mask is not None:
             raise _check.error("attention_mask", "None when packed", tuple(attention_mask.shape))
-        _check.cu_seqlens(found[0], tokens.shape[1], tokens.device)
+        _check.documents(*found, tokens.shape[1], tokens.device, names)
         if other is not None and other is not found[0] and other.shape != found[0].shape:
-            rule = f"the documents of cu_seq_lens_q {tuple(found[0].shape)}"
+            rule = f"the documents of {names[0]} {tuple(found[0].shape)}"
             raise _check.error("cu_seq_lens_k", rule, tuple(other.shape))
         return found
     if position_ids is None or attention_mask is not None or len(tokens) != 1:

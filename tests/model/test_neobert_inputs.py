@@ -200,7 +200,7 @@ TWO: dict[str, Any] = {"cu_seqlens": torch.tensor([0, 2, 6]).int(), "max_seqlen"
         ({"input_ids": (1, 6), **TWO, "max_seqlen": 3}, "max_seqlen: expected at least"),
         (
             {"input_ids": (1, 6), "cu_seq_lens_q": TWO["cu_seqlens"].long(), "max_length_q": 4},
-            "cu_seqlens: expected dtype int32",
+            "cu_seq_lens_q: expected dtype int32",
         ),
     ],
     ids=lambda case: case[:40] if isinstance(case, str) else "",

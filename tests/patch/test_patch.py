@@ -429,15 +429,15 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
         ),
         (
             {"input_ids": ONE, "cu_seq_lens_q": CU[:2], "max_length_q": 3},
-            "cu_seqlens: expected a last element equal to the number of tokens .5., got 2",
+            "cu_seq_lens_q: expected a last element equal to the number of tokens .5., got 2",
         ),
         (
             {"input_ids": ONE, "cu_seq_lens_q": CU.long(), "max_length_q": 3},
-            "cu_seqlens: expected dtype int32",
+            "cu_seq_lens_q: expected dtype int32",
         ),
         (
             {"input_ids": ONE, "cu_seq_lens_q": CU, "max_length_q": 2},
-            "max_seqlen: expected at least the longest document .3., got 2",
+            "max_length_q: expected at least the longest document .3., got 2",
         ),
         (
             {"input_ids": ONE, "cu_seq_lens_q": CU, "max_length_q": 3, "attention_mask": ONE},
