@@ -47,12 +47,13 @@ class Side:
 
     @property
     def texts_per_second(self) -> float:
-        return sum(self.texts) / sum(self.seconds)
+        """Median over the rounds, so that one disturbed round does not count."""
+        return _median_rate(self.texts, self.seconds)
 
     @property
     def tokens_per_second(self) -> float:
-        """Real tokens, special ones included, padding not."""
-        return sum(self.tokens) / sum(self.seconds)
+        """Real tokens, special ones included, padding not; median over the rounds."""
+        return _median_rate(self.tokens, self.seconds)
 
     def add(
         self, rows: range, total: int, embeddings: np.ndarray, measured: dict[str, Any]
@@ -65,6 +66,10 @@ class Side:
         self.texts.append(measured["texts"])
         self.tokens.append(measured["tokens"])
         self.peak_bytes = measured["peak_bytes"]
+
+
+def _median_rate(amounts: Sequence[int], seconds: Sequence[float]) -> float:
+    return statistics.median(a / s for a, s in zip(amounts, seconds, strict=True))
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,8 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """How many times the baseline's speed the patched side has, over all rounds."""
-        return sum(self.baseline.seconds) / sum(self.patched.seconds)
+        """How many times the baseline's speed the patched side has: median of the rounds."""
+        return statistics.median(self.ratios)
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -92,7 +97,7 @@ class Comparison:
     @property
     def limit_tokens_per_second(self) -> float:
         """Real tokens/s if the Linear layers alone cost time."""
-        return statistics.fmean(self.gemm_rates) / self.flop_per_token
+        return statistics.median(self.gemm_rates) / self.flop_per_token
 
     def share_of_limit(self, side: Side) -> float:
         return side.tokens_per_second / self.limit_tokens_per_second
