@@ -113,6 +113,17 @@ def _sm_count(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def generation(x: Tensor) -> int:
+    """90 on a GPU of compute capability 9.0; 80 in the interpreter."""
+    return _capability(x.device.index) if x.is_cuda else 80
+
+
 def resident_programs(x: Tensor, per_sm: int) -> int:
     """Programs that a GPU runs at once at ``per_sm`` a multiprocessor; 4 in the interpreter."""
     return _sm_count(x.device.index) * per_sm if x.is_cuda else 4

@@ -209,7 +209,7 @@ def test_registration(device):
     qkv, cu_seqlens, longest = make((5, 3), device)
     rest = (cu_seqlens, longest, *table((5, 3), device), False, 2, 0.5)
     torch.library.opcheck(module._forward, (*qkv, *rest))
-    torch.library.opcheck(module._backward, (qkv[0], *qkv, *rest))
+    torch.library.opcheck(module._backward, (qkv[0], *module._forward(*qkv, *rest), *qkv, *rest))
 
 
 Q = torch.ones(3, 4, 8)

@@ -7,6 +7,7 @@ import torch
 from parity import assert_parity, assert_within_budget
 
 import neobert_kernels as nk
+from neobert_kernels import _runtime
 
 layouts = pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 
@@ -37,7 +38,8 @@ def test_matches_the_rotation_written_out(interleaved, theta, dtype, device):
     y = nk.rope(x, *nk.rope_table(positions, 8, theta), interleaved=interleaved)
     exact = by_hand(x.double(), positions.tolist(), theta, interleaved)
     # Angles are float32: at position 63 they are off by up to 63 rounding errors.
-    ulps = 64 if dtype is torch.float32 else 0
+    # Triton's interpreter truncates to bfloat16 where a GPU rounds.
+    ulps = 64 if dtype is torch.float32 else int(_runtime.INTERPRET)
     assert_within_budget(y, exact.to(dtype), exact, ulps=ulps)
 
 

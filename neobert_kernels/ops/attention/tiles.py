@@ -1,0 +1,95 @@
+"""Launch choices of the attention kernels: pure functions of shape, dtype and GPU generation.
+
+Nothing here has been measured on a GPU. Each number is argued from the ahead-of-time report in
+docs/attention.md: registers without a spill, shared memory, and so blocks per multiprocessor.
+
+Only the outer tile (a program's own rows) and RoPE's place depend on the longest document. The
+inner tile, which fixes the order of every sum, does not: a document gives the same bits whatever
+documents share its batch.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from neobert_kernels._triton import triton
+
+MAX_HEAD_SIZE = 128
+SHORT = 64  # tokens: no longer document means the small outer tile
+# Up to here k turns as it is loaded, once for every query tile; above, q and k turn once, before.
+# At 256 there are two query tiles, so turning inside does twice the arithmetic of turning before,
+# and saves a launch and 4 * D * itemsize bytes of traffic a token and head. Unmeasured.
+TURN_INSIDE = 256
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's cut: ``outer`` rows belong to a program, which walks over ``inner`` at a time.
+
+    The outer rows are queries in the forward and in dq, keys in dk and dv.
+    """
+
+    outer: int
+    inner: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A row of D channels as one or two parts, each a power of two and at least 16 wide.
+
+    Two parts waste less than the next power of two where D is 80 or 96 (64 + 16, 64 + 32).
+    """
+
+    first: int
+    second: int  # 0: one part
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Every launch choice of one call."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+    turn_inside: bool
+    search: int = 1024  # boundaries that a program looks at together; two 16-byte loads a lane
+
+
+@functools.cache
+def columns(D: int) -> Columns:
+    """The parts of a plain row: two where that saves a quarter of the columns or more."""
+    whole = max(16, triton.next_power_of_2(D))
+    first = whole // 2
+    second = max(16, triton.next_power_of_2(D - first)) if first >= 16 else whole
+    return Columns(first, second) if first + second <= whole * 3 // 4 else Columns(whole, 0)
+
+
+@functools.cache
+def halves(D: int) -> Columns:
+    """The parts of a row whose pairs turn: first members, second members."""
+    half = max(16, triton.next_power_of_2(D // 2))
+    return Columns(half, half)
+
+
+def choose(D: int, dtype: torch.dtype, sm: int, longest: int) -> Tiles:
+    """The launch choices for head size ``D`` and documents of at most ``longest`` tokens."""
+    return _choose(D > 64, dtype == torch.float32, sm, longest <= SHORT, longest <= TURN_INSIDE)
+
+
+@functools.cache
+def _choose(wide: bool, exact: bool, sm: int, short: bool, turn_inside: bool) -> Tiles:
+    if exact:
+        # float32 is exact: products run on the ordinary units, from registers, so small tiles.
+        tile = Tile(32, 32, 4, 1)
+        return Tiles(tile, tile, tile, turn_inside)
+    outer, warps = (64, 4) if short else (128, 8)
+    stages = 2 if wide or sm < 90 else 3
+    return Tiles(
+        forward=Tile(outer, 64, warps, stages),
+        dq=Tile(outer, 64, warps, 2),
+        dkv=Tile(outer, 64, warps, 2),
+        turn_inside=turn_inside,
+    )
