@@ -50,6 +50,24 @@ def check_table(cos: Tensor, sin: Tensor, tokens: int, dim: int, where: torch.de
         _check.device(name, table, where)
 
 
+if _runtime.INTERPRET:
+
+    @triton.jit
+    def rounded(x, dtype: tl.constexpr):
+        """To the nearest, as a GPU does; the interpreter by itself truncates to bfloat16."""
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            x = bits.to(tl.float32, bitcast=True)
+        return x.to(dtype)
+
+else:
+
+    @triton.jit
+    def rounded(x, dtype: tl.constexpr):
+        return x.to(dtype)
+
+
 @triton.jit
 def rotate(a, b, cos, sin):
     """The pair ``(a, b)`` turned by the angle; all float32."""
@@ -88,7 +106,8 @@ def store_pair(
     ptr, row, stride, inside, a, b, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
 ):  # fmt: skip
     """The inverse of `load_pair`; rounds to the type that ``ptr`` points to."""
-    a, b = a.to(ptr.dtype.element_ty), b.to(ptr.dtype.element_ty)
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    a, b = rounded(a, dtype), rounded(b, dtype)
     mask = inside[:, None]
     if INTERLEAVED:
         column = tl.arange(0, 2 * HALF)

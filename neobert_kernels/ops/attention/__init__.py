@@ -73,7 +73,8 @@ def _launch_backward(
 
 
 def _launch_qkv_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _launch_forward(*qkv.unbind(2), *rest)
+    q, k, v = qkv.unbind(2)
+    return _launch_forward(q, k, v, *rest)
 
 
 def _launch_qkv_backward(dout: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
@@ -82,7 +83,8 @@ def _launch_qkv_backward(dout: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, *r
     if _runtime.use_kernel(qkv):
         launch.backward(dout, out, lse, (dq, dk, dv), *qkv.unbind(2), *rest)
     else:
-        grads = attention_reference_backward(dout, *qkv.unbind(2), *rest)
+        q, k, v = qkv.unbind(2)
+        grads = attention_reference_backward(dout, q, k, v, *rest)
         for slot, grad in zip((dq, dk, dv), grads, strict=True):
             slot.copy_(grad)
     return dqkv

@@ -16,6 +16,7 @@ from neobert_kernels.ops.attention.device import (
     visible,
     zeros,
 )
+from neobert_kernels.ops.rope import rounded
 
 
 @triton.jit
@@ -31,14 +32,15 @@ def _add_dq(
         k_ptr, cos_ptr, sin_ptr, key, k_stride_t, length, D, FIRST, SECOND, PAIRS, TURN,
         INTERLEAVED, MASKED,
     )  # fmt: skip
-    p = tl.exp2(product(q, k, SECOND) * exponent - lse[:, None])
+    scores = product(q, k, SECOND) * exponent - lse[:, None]
     if MASKED:
         # Not by k = 0 alone: exp2(-lse) overflows where all scores are very negative.
         seen = visible(query[:, None], key[None, :], length, window, HAS_WINDOW)
-        p = tl.where(seen, p, 0.0)
+        scores = tl.where(seen, scores, float("-inf"))
+    p = tl.exp2(scores)
     v = load_rows(v_ptr, key, v_stride_t, length, D, V_FIRST, V_SECOND, MASKED)
     ds = p * (product(dout, v, V_SECOND) - delta[:, None])
-    return accumulate(dq, ds.to(k[0].dtype), k, SECOND)
+    return accumulate(dq, rounded(ds, k[0].dtype), k, SECOND)
 
 
 @triton.jit(do_not_specialize=["tokens", "documents", "window"])
@@ -158,19 +160,22 @@ def dkv_kernel(
             )  # fmt: skip
             # Queries past the end get p = 0; keys past the end touch rows that are not stored.
             lse = tl.load(lse_ptr + row_ptr + query, mask=inside, other=float("inf"))
-            p = tl.exp2(product(k, q, SECOND) * exponent - lse[None, :])
+            scores = product(k, q, SECOND) * exponent - lse[None, :]
             if HAS_WINDOW:
-                p = tl.where(tl.abs(key[:, None] - query[None, :]) <= window, p, 0.0)
+                near = tl.abs(key[:, None] - query[None, :]) <= window
+                scores = tl.where(near, scores, float("-inf"))
+            p = tl.exp2(scores)
             dout = load_rows(
                 dout_head_ptr, query, dout_stride_t, length, D, V_FIRST, V_SECOND, True
             )  # fmt: skip
-            dv = accumulate(dv, p.to(dout[0].dtype), dout, V_SECOND)
+            dv = accumulate(dv, rounded(p, dout[0].dtype), dout, V_SECOND)
             delta = tl.load(delta_ptr + row_ptr + query, mask=inside, other=0.0)
             ds = p * (product(v, dout, V_SECOND) - delta[None, :])
-            dk = accumulate(dk, ds.to(q[0].dtype), q, SECOND)
+            dk = accumulate(dk, rounded(ds, q[0].dtype), q, SECOND)
+    # dv first: its registers are free when dk turns back.
+    store_rows(dv_ptr, key, dv_stride_t, length, dv, D, V_FIRST, V_SECOND)
     dk = scaled(dk, scale, SECOND)
     store_turned_back(
         dk_ptr, cos_ptr, sin_ptr, key, dk_stride_t, length, dk, D, FIRST, SECOND, PAIRS,
         INTERLEAVED,
     )  # fmt: skip
-    store_rows(dv_ptr, key, dv_stride_t, length, dv, D, V_FIRST, V_SECOND)

@@ -2,7 +2,7 @@
 
 from neobert_kernels import _runtime
 from neobert_kernels._triton import tl, triton
-from neobert_kernels.ops.rope import load_angles, load_pair, rotate, store_pair
+from neobert_kernels.ops.rope import load_angles, load_pair, rotate, rounded, store_pair
 
 if _runtime.INTERPRET:
 
@@ -85,9 +85,9 @@ def load_turned(
         if TURN:
             cos = load_angles(cos_ptr, wide, inside, D, FIRST)
             sin = load_angles(sin_ptr, wide, inside, D, FIRST)
-            dtype = a.dtype
+            dtype: tl.constexpr = a.dtype
             a, b = rotate(a.to(tl.float32), b.to(tl.float32), cos, sin)
-            a, b = a.to(dtype), b.to(dtype)
+            a, b = rounded(a, dtype), rounded(b, dtype)
         parts = (a, b)
     else:
         parts = load_rows(ptr, row, stride, length, D, FIRST, SECOND, MASKED)
@@ -138,7 +138,7 @@ def store_part(
     if AT + WIDTH > D:
         mask = mask & (column < D)[None, :]
     at = ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
-    tl.store(at, part.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(at, rounded(part, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from neobert_kernels.ops.attention.device import (
     visible,
     zeros,
 )
+from neobert_kernels.ops.rope import rounded
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def _attend(
     total = total * rescale + tl.sum(p, axis=1)
     v = load_rows(v_ptr, key, v_stride_t, length, D, V_FIRST, V_SECOND, MASKED)
     sums = scaled(sums, rescale[:, None], V_SECOND)
-    sums = accumulate(sums, p.to(v[0].dtype), v, V_SECOND)
+    sums = accumulate(sums, rounded(p, v[0].dtype), v, V_SECOND)
     return sums, new, total
 
 

@@ -27,7 +27,7 @@ class Form:
     windowed: bool
 
     def constexprs(self, choice: tiles.Tiles, tile: tiles.Tile, backward: bool) -> dict[str, Any]:
-        inside = self.turning and choice.turn_inside
+        inside = self.turning and choice.turns_inside(backward)
         # Gradients of turned rows turn back in pairs, wherever the rows themselves were turned.
         pairs = self.turning if backward else inside
         rows, values = (tiles.halves if pairs else tiles.columns)(self.D), tiles.columns(self.D)
@@ -76,6 +76,8 @@ class Call:
         interleaved: bool,
         window: int | None,
         scale: float,
+        *,
+        backward: bool,
     ) -> "Call":
         """Turns q and k here where they are not turned as they are loaded."""
         choice = tiles.choose(q.shape[2], q.dtype, _runtime.generation(q), max_seqlen)
@@ -86,7 +88,7 @@ class Call:
             cos = sin = cu_seqlens  # a pointer that no kernel follows
         else:
             cos, sin = cos.contiguous(), sin.contiguous()
-            if not choice.turn_inside:
+            if not choice.turns_inside(backward):
                 q, k = turn(q, k, cos, sin, interleaved)
         reach = window if window is not None and windowed else 0
         cu_seqlens = cu_seqlens.contiguous()
@@ -118,7 +120,7 @@ def forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((H, T), dtype=torch.float32)
     if T:
-        call = Call.of(q, *rest)
+        call = Call.of(q, *rest, backward=False)
         call.run(forward_kernel, call.choice.forward, H, [out, lse], [], backward=False)
     return out, lse
 
@@ -137,7 +139,7 @@ def backward(
     if not T:
         return
     dq, dk, dv = grads
-    call = Call.of(q, k, *rest)
+    call = Call.of(q, k, *rest, backward=True)
     dout, delta = neighbouring(dout), torch.empty_like(lse)
     call.run(
         dq_kernel, call.choice.dq, H, [out, dout, lse, delta, dq], [dout, dq], backward=True
@@ -174,16 +176,17 @@ def launches(sm: int) -> Iterator[_runtime.Launch]:
             signature = _runtime.signature(
                 kernel, dtype, cu_seqlens_ptr="*i32", scale="fp32", **types
             )
-            turned = ("" if not form.turning else " turned inside" if choice.turn_inside
-                      else " turned before")  # fmt: skip
+            backward = kernel is not forward_kernel
+            inside = choice.turns_inside(backward)
+            turned = "" if not form.turning else " turned inside" if inside else " turned before"
             yield _runtime.Launch(
                 kernel=kernel,
                 name=f"attention_{kernel.__name__.removesuffix('_kernel')}",
                 case=f"D={form.D} {_runtime.TRITON_TYPES[dtype]} <={longest}{turned}"
-                + " interleaved" * (form.interleaved and choice.turn_inside)
+                + " interleaved" * (form.interleaved and (inside or backward))
                 + " window" * form.windowed,
                 signature=signature,
-                constexprs=form.constexprs(choice, tile, kernel is not forward_kernel),
+                constexprs=form.constexprs(choice, tile, backward),
                 num_warps=tile.warps,
                 num_stages=tile.stages,
                 aligned=tuple(n for n in signature if n.endswith("_ptr") or "_stride_" in n),

@@ -54,8 +54,12 @@ class Tiles:
     forward: Tile
     dq: Tile
     dkv: Tile
-    turn_inside: bool
+    turn_inside: bool  # k turns as the forward loads it, not before
+    turn_inside_backward: bool
     search: int = 1024  # boundaries that a program looks at together; two 16-byte loads a lane
+
+    def turns_inside(self, backward: bool) -> bool:
+        return self.turn_inside_backward if backward else self.turn_inside
 
 
 @functools.cache
@@ -80,16 +84,30 @@ def choose(D: int, dtype: torch.dtype, sm: int, longest: int) -> Tiles:
 
 
 @functools.cache
-def _choose(wide: bool, exact: bool, sm: int, short: bool, turn_inside: bool) -> Tiles:
+def _choose(wide: bool, exact: bool, sm: int, short: bool, inside: bool) -> Tiles:
     if exact:
-        # float32 is exact: products run on the ordinary units, from registers, so small tiles.
-        tile = Tile(32, 32, 4, 1)
-        return Tiles(tile, tile, tile, turn_inside)
+        # float32 is exact: products run on the ordinary units, out of registers, so small tiles.
+        if wide:
+            tile, dq = Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)
+            return Tiles(tile, dq, tile, inside, inside)
+        tile, dkv = Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)
+        return Tiles(tile, tile, dkv, inside, inside)
+    # One warp to 16 rows, the least that a tensor core takes; 4 warps share a Hopper instruction.
     outer, warps = (64, 4) if short else (128, 8)
-    stages = 2 if wide or sm < 90 else 3
+    if sm < 90 or sm >= 120:  # products out of registers: the backward has none to turn rows in
+        return Tiles(
+            forward=Tile(outer, 64, warps, 2),
+            dq=Tile(outer, 32 if wide else 64, warps, 2),
+            dkv=Tile(outer, 16 if wide else 32, warps, 2),
+            turn_inside=inside,
+            turn_inside_backward=False,
+        )
+    # dk and dv are two sums of outer by D: 128 registers of a lane at D = 128.
+    dkv = Tile(outer, 32 if wide else 64, warps, 1 if wide and sm >= 100 else 2)
     return Tiles(
-        forward=Tile(outer, 64, warps, stages),
+        forward=Tile(outer, 64, warps, 2 if wide else 3),
         dq=Tile(outer, 64, warps, 2),
-        dkv=Tile(outer, 64, warps, 2),
-        turn_inside=turn_inside,
+        dkv=dkv,
+        turn_inside=inside,
+        turn_inside_backward=inside,
     )
