@@ -26,8 +26,10 @@ class Launch:
     """One compiled form of a kernel: what `neobert_kernels.aot` builds without a GPU.
 
     ``signature`` gives every argument a Triton type; ``aligned`` names the pointers and integers
-    that are divisible by 16. ``memory_bound`` kernels owe 16-byte global accesses, and a
-    ``supported`` launch must not spill.
+    that are divisible by 16. ``memory_bound`` kernels owe 16-byte global accesses,
+    ``matrix`` kernels tensor-core instructions, and what ``tma`` and ``warp_specialized`` ask for
+    must be in the code, because the compiler drops it without a word. A ``supported`` launch must
+    not spill.
     """
 
     kernel: Any
@@ -39,6 +41,9 @@ class Launch:
     num_stages: int = 1
     aligned: tuple[str, ...] = ()
     memory_bound: bool = True
+    matrix: bool = False
+    tma: bool = False
+    warp_specialized: bool = False
     supported: bool = True
 
 

@@ -123,8 +123,9 @@ def compare(lengths, dtype, heads=2, groups=None, dim=16, rope=False, together=F
         return assert_within_budget(*map(torch.cat, parts))
     for i, (a, r, e) in enumerate(zip(actual, rounded, exact, strict=True)):
         assert_within_budget(a, r.to(dtype), e, f"value {i}")
-    reference = nk.attention_reference
-    assert_parity(op, lambda *qkv: reference(*qkv, cu_seqlens, longest, **options), qkv)
+    if not _runtime.INTERPRET:  # the reference itself is held against the meaning on a CPU
+        reference = nk.attention_reference
+        assert_parity(op, lambda *qkv: reference(*qkv, cu_seqlens, longest, **options), qkv)
 
 
 VARIANTS = {

@@ -27,9 +27,10 @@ def _add_dq(
     TURN: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One key tile's part of dq."""
-    key = at + tl.arange(0, INNER)
+    row = tl.arange(0, INNER)
+    key = at + row
     k = load_turned(
-        k_ptr, cos_ptr, sin_ptr, key, k_stride_t, length, D, FIRST, SECOND, PAIRS, TURN,
+        k_ptr, cos_ptr, sin_ptr, at, row, k_stride_t, length, D, FIRST, SECOND, PAIRS, TURN,
         INTERLEAVED, MASKED,
     )  # fmt: skip
     scores = product(q, k, SECOND) * exponent - lse[:, None]
@@ -38,7 +39,7 @@ def _add_dq(
         seen = visible(query[:, None], key[None, :], length, window, HAS_WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
     p = tl.exp2(scores)
-    v = load_rows(v_ptr, key, v_stride_t, length, D, V_FIRST, V_SECOND, MASKED)
+    v = load_rows(v_ptr, at, row, v_stride_t, length, D, V_FIRST, V_SECOND, MASKED)
     ds = p * (product(dout, v, V_SECOND) - delta[:, None])
     return accumulate(dq, rounded(ds, k[0].dtype), k, SECOND)
 
@@ -70,10 +71,11 @@ def dq_kernel(
     lse_ptr += head * tokens + start
     delta_ptr += head * tokens + start
 
-    query = first + tl.arange(0, OUTER)
+    row = tl.arange(0, OUTER)
+    query = first + row
     inside = query < length
-    dout = load_rows(dout_ptr, query, dout_stride_t, length, D, V_FIRST, V_SECOND, True)
-    out = load_rows(out_ptr, query, tl.num_programs(1) * D, length, D, V_FIRST, V_SECOND, True)
+    dout = load_rows(dout_ptr, first, row, dout_stride_t, length, D, V_FIRST, V_SECOND, True)
+    out = load_rows(out_ptr, first, row, tl.num_programs(1) * D, length, D, V_FIRST, V_SECOND, True)
     delta = tl.sum(dout[0].to(tl.float32) * out[0].to(tl.float32), axis=1)
     if V_SECOND:
         delta += tl.sum(dout[1].to(tl.float32) * out[1].to(tl.float32), axis=1)
@@ -81,7 +83,7 @@ def dq_kernel(
     # Rows past the end get p = exp2(-inf) = 0.
     lse = tl.load(lse_ptr + query, mask=inside, other=float("inf"))
     q = load_turned(
-        q_ptr, cos_ptr, sin_ptr, query, q_stride_t, length, D, FIRST, SECOND, PAIRS, TURN,
+        q_ptr, cos_ptr, sin_ptr, first, row, q_stride_t, length, D, FIRST, SECOND, PAIRS, TURN,
         INTERLEAVED, True,
     )  # fmt: skip
     low, full, high = 0, length // INNER * INNER, length
@@ -104,7 +106,7 @@ def dq_kernel(
         )  # fmt: skip
     dq = scaled(dq, scale, SECOND)
     store_turned_back(
-        dq_ptr, cos_ptr, sin_ptr, query, dq_stride_t, length, dq, D, FIRST, SECOND, PAIRS,
+        dq_ptr, cos_ptr, sin_ptr, first, row, dq_stride_t, length, dq, D, FIRST, SECOND, PAIRS,
         INTERLEAVED,
     )  # fmt: skip
 
@@ -135,12 +137,13 @@ def dkv_kernel(
     cos_ptr += start * (D // 2)
     sin_ptr += start * (D // 2)
 
-    key = first + tl.arange(0, OUTER)
+    row = tl.arange(0, OUTER)
+    key = first + row
     k = load_turned(
-        k_ptr, cos_ptr, sin_ptr, key, k_stride_t, length, D, FIRST, SECOND, PAIRS, TURN,
+        k_ptr, cos_ptr, sin_ptr, first, row, k_stride_t, length, D, FIRST, SECOND, PAIRS, TURN,
         INTERLEAVED, True,
     )  # fmt: skip
-    v = load_rows(v_ptr, key, v_stride_t, length, D, V_FIRST, V_SECOND, True)
+    v = load_rows(v_ptr, first, row, v_stride_t, length, D, V_FIRST, V_SECOND, True)
     low, high = 0, length
     if HAS_WINDOW:
         low = tl.maximum(first - window, 0) // INNER * INNER
@@ -152,11 +155,12 @@ def dkv_kernel(
         dout_head_ptr = dout_ptr + start * dout_stride_t + head * dout_stride_h
         row_ptr = head * tokens + start
         for at in tl.range(low, high, INNER):
-            query = at + tl.arange(0, INNER)
+            column = tl.arange(0, INNER)
+            query = at + column
             inside = query < length
             q = load_turned(
-                q_head_ptr, cos_ptr, sin_ptr, query, q_stride_t, length, D, FIRST, SECOND, PAIRS,
-                TURN, INTERLEAVED, True,
+                q_head_ptr, cos_ptr, sin_ptr, at, column, q_stride_t, length, D, FIRST, SECOND,
+                PAIRS, TURN, INTERLEAVED, True,
             )  # fmt: skip
             # Queries past the end get p = 0; keys past the end touch rows that are not stored.
             lse = tl.load(lse_ptr + row_ptr + query, mask=inside, other=float("inf"))
@@ -166,16 +170,16 @@ def dkv_kernel(
                 scores = tl.where(near, scores, float("-inf"))
             p = tl.exp2(scores)
             dout = load_rows(
-                dout_head_ptr, query, dout_stride_t, length, D, V_FIRST, V_SECOND, True
+                dout_head_ptr, at, column, dout_stride_t, length, D, V_FIRST, V_SECOND, True
             )  # fmt: skip
             dv = accumulate(dv, rounded(p, dout[0].dtype), dout, V_SECOND)
             delta = tl.load(delta_ptr + row_ptr + query, mask=inside, other=0.0)
             ds = p * (product(v, dout, V_SECOND) - delta[None, :])
             dk = accumulate(dk, rounded(ds, q[0].dtype), q, SECOND)
     # dv first: its registers are free when dk turns back.
-    store_rows(dv_ptr, key, dv_stride_t, length, dv, D, V_FIRST, V_SECOND)
+    store_rows(dv_ptr, first, row, dv_stride_t, length, dv, D, V_FIRST, V_SECOND)
     dk = scaled(dk, scale, SECOND)
     store_turned_back(
-        dk_ptr, cos_ptr, sin_ptr, key, dk_stride_t, length, dk, D, FIRST, SECOND, PAIRS,
+        dk_ptr, cos_ptr, sin_ptr, first, row, dk_stride_t, length, dk, D, FIRST, SECOND, PAIRS,
         INTERLEAVED,
     )  # fmt: skip

@@ -38,14 +38,18 @@ def locate(cu_seqlens_ptr, documents, slot, BLOCK: tl.constexpr, SEARCH: tl.cons
 
 @triton.jit
 def load_part(
-    ptr, row, stride, length, D: tl.constexpr, AT: tl.constexpr, WIDTH: tl.constexpr,
+    ptr, first, row, stride, length, D: tl.constexpr, AT: tl.constexpr, WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Columns ``AT ... AT + WIDTH`` of some rows of a document; zero past D and its length."""
+    """Columns ``AT ... AT + WIDTH`` of a tile of a document; zero past D and its length.
+
+    The tile's rows are ``first + row``. Only ``first`` is widened: `launch` sees to it that 128
+    rows span less than 2**31 elements, and narrow offsets take half the registers.
+    """
     column = AT + tl.arange(0, WIDTH)
-    at = ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
+    at = ptr + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + column[None, :])
     if MASKED:
-        mask = (row < length)[:, None]
+        mask = (first + row < length)[:, None]
         if AT + WIDTH > D:
             mask = mask & (column < D)[None, :]
         return tl.load(at, mask=mask, other=0.0)
@@ -57,19 +61,19 @@ def load_part(
 
 @triton.jit
 def load_rows(
-    ptr, row, stride, length, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    ptr, first, row, stride, length, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Some rows of a document as a tuple of one or two column parts."""
-    parts = (load_part(ptr, row, stride, length, D, 0, FIRST, MASKED),)
+    parts = (load_part(ptr, first, row, stride, length, D, 0, FIRST, MASKED),)
     if SECOND:
-        parts = parts + (load_part(ptr, row, stride, length, D, FIRST, SECOND, MASKED),)  # noqa: RUF005
+        parts = parts + (load_part(ptr, first, row, stride, length, D, FIRST, SECOND, MASKED),)  # noqa: RUF005
     return parts
 
 
 @triton.jit
 def load_turned(
-    ptr, cos_ptr, sin_ptr, row, stride, length, D: tl.constexpr, FIRST: tl.constexpr,
+    ptr, cos_ptr, sin_ptr, first, row, stride, length, D: tl.constexpr, FIRST: tl.constexpr,
     SECOND: tl.constexpr, PAIRS: tl.constexpr, TURN: tl.constexpr, INTERLEAVED: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -79,18 +83,18 @@ def load_turned(
     half-split order. A product over channels does not care about their order.
     """
     if PAIRS:
-        inside = row < length
-        wide = row.to(tl.int64)
-        a, b = load_pair(ptr, wide, stride, inside, D, FIRST, INTERLEAVED and TURN)
+        inside = first + row < length
+        wide = tl.cast(first, tl.int64)
+        a, b = load_pair(ptr + wide * stride, row, stride, inside, D, FIRST, INTERLEAVED and TURN)
         if TURN:
-            cos = load_angles(cos_ptr, wide, inside, D, FIRST)
-            sin = load_angles(sin_ptr, wide, inside, D, FIRST)
+            cos = load_angles(cos_ptr + wide * (D // 2), row, inside, D, FIRST)
+            sin = load_angles(sin_ptr + wide * (D // 2), row, inside, D, FIRST)
             dtype: tl.constexpr = a.dtype
             a, b = rotate(a.to(tl.float32), b.to(tl.float32), cos, sin)
             a, b = rounded(a, dtype), rounded(b, dtype)
         parts = (a, b)
     else:
-        parts = load_rows(ptr, row, stride, length, D, FIRST, SECOND, MASKED)
+        parts = load_rows(ptr, first, row, stride, length, D, FIRST, SECOND, MASKED)
     return parts
 
 
@@ -131,41 +135,42 @@ def scaled(parts, factor, SECOND: tl.constexpr):
 
 @triton.jit
 def store_part(
-    ptr, row, stride, length, part, D: tl.constexpr, AT: tl.constexpr, WIDTH: tl.constexpr
+    ptr, first, row, stride, length, part, D: tl.constexpr, AT: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     column = AT + tl.arange(0, WIDTH)
-    mask = (row < length)[:, None]
+    mask = (first + row < length)[:, None]
     if AT + WIDTH > D:
         mask = mask & (column < D)[None, :]
-    at = ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
+    at = ptr + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + column[None, :])
     tl.store(at, rounded(part, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def store_rows(
-    ptr, row, stride, length, parts, D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr
+    ptr, first, row, stride, length, parts, D: tl.constexpr, FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `load_rows`; rounds to the type that ``ptr`` points to."""
-    store_part(ptr, row, stride, length, parts[0], D, 0, FIRST)
+    store_part(ptr, first, row, stride, length, parts[0], D, 0, FIRST)
     if SECOND:
-        store_part(ptr, row, stride, length, parts[1], D, FIRST, SECOND)
+        store_part(ptr, first, row, stride, length, parts[1], D, FIRST, SECOND)
 
 
 @triton.jit
 def store_turned_back(
-    ptr, cos_ptr, sin_ptr, row, stride, length, parts, D: tl.constexpr, FIRST: tl.constexpr,
+    ptr, cos_ptr, sin_ptr, first, row, stride, length, parts, D: tl.constexpr, FIRST: tl.constexpr,
     SECOND: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of turned rows as gradients of the rows: the opposite rotation, one rounding."""
     if PAIRS:
-        inside = row < length
-        wide = row.to(tl.int64)
-        cos = load_angles(cos_ptr, wide, inside, D, FIRST)
-        sin = load_angles(sin_ptr, wide, inside, D, FIRST)
+        inside = first + row < length
+        wide = tl.cast(first, tl.int64)
+        cos = load_angles(cos_ptr + wide * (D // 2), row, inside, D, FIRST)
+        sin = load_angles(sin_ptr + wide * (D // 2), row, inside, D, FIRST)
         a, b = rotate(parts[0], parts[1], cos, -sin)
-        store_pair(ptr, wide, stride, inside, a, b, D, FIRST, INTERLEAVED)
+        store_pair(ptr + wide * stride, row, stride, inside, a, b, D, FIRST, INTERLEAVED)
     else:
-        store_rows(ptr, row, stride, length, parts, D, FIRST, SECOND)
+        store_rows(ptr, first, row, stride, length, parts, D, FIRST, SECOND)
 
 
 @triton.jit

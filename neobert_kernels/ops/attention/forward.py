@@ -23,9 +23,10 @@ def _attend(
     INTERLEAVED: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One key tile more: rescale what is there to the new largest score, then add."""
-    key = at + tl.arange(0, INNER)
+    row = tl.arange(0, INNER)
+    key = at + row
     k = load_turned(
-        k_ptr, cos_ptr, sin_ptr, key, k_stride_t, length, D, FIRST, SECOND, TURN, TURN,
+        k_ptr, cos_ptr, sin_ptr, at, row, k_stride_t, length, D, FIRST, SECOND, TURN, TURN,
         INTERLEAVED, MASKED,
     )  # fmt: skip
     scores = product(q, k, SECOND)
@@ -37,7 +38,7 @@ def _attend(
     p = tl.exp2(scores * exponent - (new * exponent)[:, None])
     rescale = tl.exp2((largest - new) * exponent)
     total = total * rescale + tl.sum(p, axis=1)
-    v = load_rows(v_ptr, key, v_stride_t, length, D, V_FIRST, V_SECOND, MASKED)
+    v = load_rows(v_ptr, at, row, v_stride_t, length, D, V_FIRST, V_SECOND, MASKED)
     sums = scaled(sums, rescale[:, None], V_SECOND)
     sums = accumulate(sums, rounded(p, v[0].dtype), v, V_SECOND)
     return sums, new, total
@@ -64,9 +65,10 @@ def forward_kernel(
     cos_ptr += start * (D // 2)
     sin_ptr += start * (D // 2)
 
-    query = first + tl.arange(0, OUTER)
+    row = tl.arange(0, OUTER)
+    query = first + row
     q = load_turned(
-        q_ptr, cos_ptr, sin_ptr, query, q_stride_t, length, D, FIRST, SECOND, TURN, TURN,
+        q_ptr, cos_ptr, sin_ptr, first, row, q_stride_t, length, D, FIRST, SECOND, TURN, TURN,
         INTERLEAVED, True,
     )  # fmt: skip
     low, full, high = 0, length // INNER * INNER, length
@@ -93,7 +95,7 @@ def forward_kernel(
     total = tl.where(query < length, total, 1.0)
     sums = scaled(sums, (1.0 / total)[:, None], V_SECOND)
     store_rows(
-        out_ptr, query, tl.num_programs(1) * D, length, sums, D, V_FIRST, V_SECOND
+        out_ptr, first, row, tl.num_programs(1) * D, length, sums, D, V_FIRST, V_SECOND
     )  # fmt: skip
     lse = largest * exponent + tl.log2(total)
     tl.store(lse_ptr + head * tokens + start + query, lse, mask=query < length)

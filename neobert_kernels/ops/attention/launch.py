@@ -48,6 +48,11 @@ class Form:
         }
 
 
+def _rows(x: Tensor) -> Tensor:
+    """``x`` itself where its channels are neighbours and a tile's offsets fit into 32 bits."""
+    return neighbouring(x) if x.stride(0) < 2**31 // 128 else x.contiguous()
+
+
 @dataclass(frozen=True)
 class Call:
     """The tensors of one call as the kernels take them."""
@@ -81,7 +86,7 @@ class Call:
     ) -> "Call":
         """Turns q and k here where they are not turned as they are loaded."""
         choice = tiles.choose(q.shape[2], q.dtype, _runtime.generation(q), max_seqlen)
-        q, k, v = neighbouring(q), neighbouring(k), neighbouring(v)
+        q, k, v = map(_rows, (q, k, v))
         windowed = window is not None and window < max_seqlen - 1
         form = Form(q.shape[2], q.shape[1] // k.shape[1], cos is not None, interleaved, windowed)
         if cos is None or sin is None:
@@ -140,7 +145,7 @@ def backward(
         return
     dq, dk, dv = grads
     call = Call.of(q, k, *rest, backward=True)
-    dout, delta = neighbouring(dout), torch.empty_like(lse)
+    dout, delta = _rows(dout), torch.empty_like(lse)
     call.run(
         dq_kernel, call.choice.dq, H, [out, dout, lse, delta, dq], [dout, dq], backward=True
     )  # fmt: skip
@@ -191,4 +196,5 @@ def launches(sm: int) -> Iterator[_runtime.Launch]:
                 num_stages=tile.stages,
                 aligned=tuple(n for n in signature if n.endswith("_ptr") or "_stride_" in n),
                 memory_bound=False,
+                matrix=dtype != torch.float32,  # exact products are not for tensor cores
             )

@@ -96,8 +96,8 @@ def _choose(wide: bool, exact: bool, sm: int, short: bool, inside: bool) -> Tile
     outer, warps = (64, 4) if short else (128, 8)
     if sm < 90 or sm >= 120:  # products out of registers: the backward has none to turn rows in
         return Tiles(
-            forward=Tile(outer, 64, warps, 2),
-            dq=Tile(outer, 32 if wide else 64, warps, 2),
+            forward=Tile(outer, 32 if wide else 64, warps, 2),
+            dq=Tile(32, 32, 2, 2) if short else Tile(outer, 32, warps, 2),
             dkv=Tile(outer, 16 if wide else 32, warps, 2),
             turn_inside=inside,
             turn_inside_backward=False,
