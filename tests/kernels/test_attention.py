@@ -39,7 +39,9 @@ def small(turn_inside):
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     if _runtime.INTERPRET:
-        monkeypatch.setattr(tiles, "choose", lambda D, dtype, sm, longest: small(longest < 64))
+        monkeypatch.setattr(
+            tiles, "choose", lambda D, dtype, sm, longest, aligned: small(longest < 64)
+        )
 
 
 @pytest.fixture
@@ -58,6 +60,11 @@ def turn_inside(request, _small_tiles, monkeypatch):
 
     monkeypatch.setattr(tiles, "choose", forced)
     return request.param
+
+
+def sm_of_device():
+    """The interpreter has TMA as well."""
+    return _runtime.generation(torch.empty(0, device=DEVICE)) if DEVICE.type == "cuda" else 90
 
 
 def bounds(lengths, device=DEVICE):
@@ -184,6 +191,58 @@ def test_every_head_size(dim, turn_inside):
 @pytest.mark.parametrize("dim", [72, 80, 96])
 def test_plain_rows_in_two_parts(dim):
     compare((17, 3), torch.float32, heads=1, dim=dim)
+
+
+@runs_kernel
+@pytest.mark.parametrize("specialized", [False, True], ids=["same warps", "specialized"])
+@pytest.mark.parametrize(
+    "options", [{"dim": 16, "rope": True}, {"dim": 96}, {"window": 3}], ids=str
+)
+def test_bulk_copies_change_no_bit(options, specialized, monkeypatch):
+    """TMA descriptors end with the document; a spare program has nothing to read."""
+    if sm_of_device() < 90:
+        pytest.skip("needs TMA")
+    options, dtype = dict(options), torch.float16
+    dim, lengths = options.pop("dim", 32), (37, 0, 32, 3, 0)
+    qkv, cu_seqlens, longest = make(lengths, dtype, dim=dim)
+    if options.pop("rope", False):
+        options["cos"], options["sin"] = table(lengths, dim)
+    outs = []
+    for bulk in (False, True):
+        choice = small(False)
+        tile = tiles.Tile(64, 16, 4, 2, tma=bulk, specialized=bulk and specialized)
+        forced = tiles.Tiles(tile, choice.dq, choice.dkv, False, False, choice.search)
+        monkeypatch.setattr(tiles, "choose", lambda *_, forced=forced: forced)
+        outs.append(nk.attention(*qkv, cu_seqlens, longest, **options))
+    assert torch.equal(*outs)
+
+
+@runs_kernel
+def test_a_users_allocator_stays(monkeypatch):
+    allocation = pytest.importorskip("triton.runtime._allocation")
+    before = allocation._allocator.get()
+    tile = tiles.Tile(32, 16, 4, 1, tma=sm_of_device() >= 90)
+    forced = tiles.Tiles(tile, tile, tile, False, False)
+    monkeypatch.setattr(tiles, "choose", lambda *_: forced)
+    (q, k, v), cu_seqlens, longest = make((20,))
+    nk.attention(q, k, v, cu_seqlens, longest)
+    assert allocation._allocator.get() is before
+
+
+@runs_kernel
+def test_views_off_16_bytes_are_told_apart(monkeypatch):
+    seen = []
+
+    def spy(D, dtype, sm, longest, aligned):
+        seen.append(aligned)
+        return small(True)
+
+    monkeypatch.setattr(tiles, "choose", spy)
+    flat = torch.randn(3 * 40 * 16 + 1, device=DEVICE)
+    for shift in (0, 1):
+        q, k, v = flat[shift : shift + 3 * 40 * 16].view(3, 20, 2, 16)
+        nk.attention(q, k, v, bounds((20,)), 20)
+    assert seen == [True, False]
 
 
 @pytest.mark.parametrize("longest", [64, 65, 300])
@@ -514,7 +573,11 @@ SHAPES = [(D, dtype, sm) for D in (32, 64, 96, 128) for dtype in DTYPES for sm i
 def test_the_order_of_sums_does_not_depend_on_the_longest_document(D, dtype, sm):
     inner = {
         tuple(t.inner for t in (c.forward, c.dq, c.dkv))
-        for c in (choose(D, dtype, sm, longest) for longest in (1, 64, 65, 256, 257, 1 << 20))
+        for c in (
+            choose(D, dtype, sm, n, a)
+            for n in (1, 64, 65, 256, 257, 1 << 20)
+            for a in (False, True)
+        )
     }
     assert len(inner) == 1
 

@@ -72,6 +72,28 @@ def load_rows(
 
 
 @triton.jit
+def bulk(
+    ptr, length, stride, D: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+):  # fmt: skip
+    """Descriptors for TMA copies of `load_rows`: they end with the document, zeros follow."""
+    length = tl.maximum(length, 1)  # the hardware knows no empty matrix
+    parts = (tl.make_tensor_descriptor(ptr, [length, D], [stride, 1], [ROWS, FIRST]),)
+    if SECOND:
+        parts = parts + (tl.make_tensor_descriptor(ptr, [length, D], [stride, 1], [ROWS, SECOND]),)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
+def load_bulk(parts, first, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """`load_rows` by TMA: no lane computes an address or a mask."""
+    out = (parts[0].load([first, 0]),)
+    if SECOND:
+        out = out + (parts[1].load([first, FIRST]),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
 def load_turned(
     ptr, cos_ptr, sin_ptr, first, row, stride, length, D: tl.constexpr, FIRST: tl.constexpr,
     SECOND: tl.constexpr, PAIRS: tl.constexpr, TURN: tl.constexpr, INTERLEAVED: tl.constexpr,

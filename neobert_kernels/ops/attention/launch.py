@@ -1,5 +1,6 @@
 """From the operators' arguments to kernel launches, and the same launches without a GPU."""
 
+import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neobert_kernels import _runtime
+from neobert_kernels._triton import triton
 from neobert_kernels.ops.attention import tiles
 from neobert_kernels.ops.attention.backward import dkv_kernel, dq_kernel
 from neobert_kernels.ops.attention.forward import forward_kernel
@@ -44,13 +46,26 @@ class Form:
             "TURN": inside,
             "INTERLEAVED": self.interleaved and pairs,
             "HAS_WINDOW": self.windowed,
-            **({"PAIRS": pairs} if backward else {}),
+            **(
+                {"PAIRS": pairs} if backward else {"TMA": tile.tma, "SPECIALIZED": tile.specialized}
+            ),
         }
 
 
 def _rows(x: Tensor) -> Tensor:
     """``x`` itself where its channels are neighbours and a tile's offsets fit into 32 bits."""
     return neighbouring(x) if x.stride(0) < 2**31 // 128 else x.contiguous()
+
+
+def _aligned(x: Tensor) -> bool:
+    """Every row starts at a multiple of 16 bytes."""
+    step = 16 // x.element_size()
+    return x.data_ptr() % 16 == 0 and x.stride(0) % step == 0 and x.stride(1) % step == 0
+
+
+def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel writes its TMA descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 @dataclass(frozen=True)
@@ -85,8 +100,10 @@ class Call:
         backward: bool,
     ) -> "Call":
         """Turns q and k here where they are not turned as they are loaded."""
-        choice = tiles.choose(q.shape[2], q.dtype, _runtime.generation(q), max_seqlen)
         q, k, v = map(_rows, (q, k, v))
+        aligned = all(map(_aligned, (q, k, v)))
+        sm = _runtime.generation(q)
+        choice = tiles.choose(q.shape[2], q.dtype, sm, max_seqlen, aligned)
         windowed = window is not None and window < max_seqlen - 1
         form = Form(q.shape[2], q.shape[1] // k.shape[1], cos is not None, interleaved, windowed)
         if cos is None or sin is None:
@@ -111,12 +128,20 @@ class Call:
         """One program per slot of the work map (see `locate`) and head; nothing asks the GPU."""
         tokens, documents = self.q.shape[0], self.cu_seqlens.shape[0] - 1
         strides = [x.stride(i) for x in (self.q, self.k, self.v, *strided) for i in (0, 1)]
-        kernel[(tokens // tile.outer + documents, heads)](
-            self.q, self.k, self.v, self.cos, self.sin, self.cu_seqlens, *pointers, tokens,
-            documents, self.window, self.scale, *strides,
-            **self.form.constexprs(self.choice, tile, backward), num_warps=tile.warps,
-            num_stages=tile.stages, **_runtime.FP_FUSION,
-        )  # fmt: skip
+        grid = (tokens // tile.outer + documents, heads)
+
+        def start() -> None:
+            if tile.tma:
+                triton.set_allocator(_workspace)
+            kernel[grid](
+                self.q, self.k, self.v, self.cos, self.sin, self.cu_seqlens, *pointers, tokens,
+                documents, self.window, self.scale, *strides,
+                **self.form.constexprs(self.choice, tile, backward), num_warps=tile.warps,
+                num_stages=tile.stages, **_runtime.FP_FUSION,
+            )  # fmt: skip
+
+        # The allocator is a context variable: in a copy of the context, a user's own one stays.
+        contextvars.copy_context().run(start) if tile.tma else start()
 
 
 def forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -173,28 +198,42 @@ CASES = (
 
 def launches(sm: int) -> Iterator[_runtime.Launch]:
     for dtype, longest, form in CASES:
-        choice = tiles.choose(form.D, dtype, sm, longest)
-        for kernel, tile in zip(
-            KERNELS, (choice.forward, choice.dq, choice.dkv), strict=True
-        ):  # fmt: skip
-            types = dict.fromkeys(("lse_ptr", "delta_ptr", "cos_ptr", "sin_ptr"), "*fp32")
-            signature = _runtime.signature(
-                kernel, dtype, cu_seqlens_ptr="*i32", scale="fp32", **types
-            )
-            backward = kernel is not forward_kernel
-            inside = choice.turns_inside(backward)
-            turned = "" if not form.turning else " turned inside" if inside else " turned before"
-            yield _runtime.Launch(
-                kernel=kernel,
-                name=f"attention_{kernel.__name__.removesuffix('_kernel')}",
-                case=f"D={form.D} {_runtime.TRITON_TYPES[dtype]} <={longest}{turned}"
-                + " interleaved" * (form.interleaved and (inside or backward))
-                + " window" * form.windowed,
-                signature=signature,
-                constexprs=form.constexprs(choice, tile, backward),
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-                aligned=tuple(n for n in signature if n.endswith("_ptr") or "_stride_" in n),
-                memory_bound=False,
-                matrix=dtype != torch.float32,  # exact products are not for tensor cores
-            )
+        choice = tiles.choose(form.D, dtype, sm, longest, aligned=True)
+        for kernel, tile in zip(KERNELS, (choice.forward, choice.dq, choice.dkv), strict=True):
+            yield _launch(kernel, tile, choice, dtype, longest, form)
+    if sm == 90:
+        dtype, longest, form = torch.bfloat16, 4096, Form(64, 1, True, True, False)
+        choice = tiles.choose(form.D, dtype, sm, longest, aligned=True)
+        yield _launch(forward_kernel, tiles.SPECIALIZED, choice, dtype, longest, form)
+
+
+def _launch(
+    kernel: Any,
+    tile: tiles.Tile,
+    choice: tiles.Tiles,
+    dtype: torch.dtype,
+    longest: int,
+    form: Form,
+) -> _runtime.Launch:
+    types = dict.fromkeys(("lse_ptr", "delta_ptr", "cos_ptr", "sin_ptr"), "*fp32")
+    signature = _runtime.signature(kernel, dtype, cu_seqlens_ptr="*i32", scale="fp32", **types)
+    backward = kernel is not forward_kernel
+    inside = choice.turns_inside(backward)
+    words = [f"D={form.D} {_runtime.TRITON_TYPES[dtype]} <={longest}"]
+    words += ["turned inside" if inside else "turned before"] * form.turning
+    words += ["interleaved"] * (form.interleaved and (inside or backward))
+    words += ["window"] * form.windowed + ["TMA"] * tile.tma + ["specialized"] * tile.specialized
+    return _runtime.Launch(
+        kernel=kernel,
+        name=f"attention_{kernel.__name__.removesuffix('_kernel')}",
+        case=" ".join(words),
+        signature=signature,
+        constexprs=form.constexprs(choice, tile, backward),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        aligned=tuple(n for n in signature if n.endswith("_ptr") or "_stride_" in n),
+        memory_bound=False,
+        matrix=dtype != torch.float32,  # exact products are not for tensor cores
+        tma=tile.tma,
+        warp_specialized=tile.specialized,
+    )

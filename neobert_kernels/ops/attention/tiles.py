@@ -34,6 +34,11 @@ class Tile:
     inner: int
     warps: int
     stages: int
+    tma: bool = False  # the forward's copies, where q and k need no turning as they are loaded
+    specialized: bool = False  # warps that copy and warps that multiply; with TMA and 4 warps only
+
+    def __post_init__(self) -> None:
+        assert not self.specialized or (self.tma and self.warps == 4), "would not take effect"
 
 
 @dataclass(frozen=True)
@@ -78,13 +83,24 @@ def halves(D: int) -> Columns:
     return Columns(half, half)
 
 
-def choose(D: int, dtype: torch.dtype, sm: int, longest: int) -> Tiles:
-    """The launch choices for head size ``D`` and documents of at most ``longest`` tokens."""
-    return _choose(D > 64, dtype == torch.float32, sm, longest <= SHORT, longest <= TURN_INSIDE)
+# From here the forward copies by TMA on Hopper. A program writes three descriptors before its first
+# copy, about a microsecond, which 16 key tiles and more hide. Unmeasured.
+TMA_FROM = 1024
+
+
+def choose(D: int, dtype: torch.dtype, sm: int, longest: int, aligned: bool) -> Tiles:
+    """The launch choices for head size ``D`` and documents of at most ``longest`` tokens.
+
+    ``aligned``: every row of q, k and v starts at a multiple of 16 bytes, as TMA needs.
+    """
+    return _choose(
+        D > 64, dtype == torch.float32, sm, longest <= SHORT, longest <= TURN_INSIDE,
+        aligned and longest >= TMA_FROM,
+    )  # fmt: skip
 
 
 @functools.cache
-def _choose(wide: bool, exact: bool, sm: int, short: bool, inside: bool) -> Tiles:
+def _choose(wide: bool, exact: bool, sm: int, short: bool, inside: bool, tma: bool) -> Tiles:
     if exact:
         # float32 is exact: products run on the ordinary units, out of registers, so small tiles.
         if wide:
@@ -105,9 +121,15 @@ def _choose(wide: bool, exact: bool, sm: int, short: bool, inside: bool) -> Tile
     # dk and dv are two sums of outer by D: 128 registers of a lane at D = 128.
     dkv = Tile(outer, 32 if wide else 64, warps, 1 if wide and sm >= 100 else 2)
     return Tiles(
-        forward=Tile(outer, 64, warps, 2 if wide else 3),
+        # `SPECIALIZED` below is the other candidate: it waits for a measurement.
+        forward=Tile(outer, 64, warps, 2 if wide else 3, tma),
         dq=Tile(outer, 64, warps, 2),
         dkv=dkv,
         turn_inside=inside,
         turn_inside_backward=inside,
     )
+
+
+# The forward with warps of two kinds, for long documents of head size 64 on Hopper: one block of
+# two multiplying warp groups and one that copies, against the two blocks of the choice above.
+SPECIALIZED = Tile(128, 64, 4, 3, tma=True, specialized=True)
