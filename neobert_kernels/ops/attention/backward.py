@@ -14,6 +14,7 @@ from neobert_kernels.ops.attention.device import (
     store_rows,
     store_turned_back,
     visible,
+    within,
     zeros,
 )
 from neobert_kernels.ops.rope import rounded
@@ -166,7 +167,7 @@ def dkv_kernel(
             lse = tl.load(lse_ptr + row_ptr + query, mask=inside, other=float("inf"))
             scores = product(k, q, SECOND) * exponent - lse[None, :]
             if HAS_WINDOW:
-                near = tl.abs(key[:, None] - query[None, :]) <= window
+                near = within(key[:, None], query[None, :], window)
                 scores = tl.where(near, scores, float("-inf"))
             p = tl.exp2(scores)
             dout = load_rows(

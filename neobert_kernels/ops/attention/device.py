@@ -196,9 +196,15 @@ def store_turned_back(
 
 
 @triton.jit
+def within(i, j, window):
+    """``|i - j| <= window``, by sums of vectors that the compiler makes once."""
+    return (i <= j + window) & (i >= j - window)
+
+
+@triton.jit
 def visible(query, key, length, window, HAS_WINDOW: tl.constexpr):
     """Which of the pairs attend: keys inside the document and, with a window, inside it."""
     seen = (key < length) & (query >= 0)
     if HAS_WINDOW:
-        seen = seen & (tl.abs(query - key) <= window)
+        seen = seen & within(query, key, window)
     return seen
