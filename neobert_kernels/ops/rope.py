@@ -6,7 +6,8 @@ backward is the rotation by the opposite angle.
 
 `turn` is attention's entrance: queries and keys in one launch, results in half-split order.
 
-Source: Su et al. 2021, arXiv:2104.09864, section 3.4.2.
+Source: Su et al. 2021, arXiv:2104.09864, section 3.4.2; polynomials of sine and cosine: Moshier,
+Cephes mathematical library, single precision.
 """
 
 from collections.abc import Iterator
@@ -190,6 +191,28 @@ def _rope_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def _cos_sin(angle):
+    """Cosine and sine of float32 angles under 2**30, to float32.
+
+    Quarter turns are taken off in float64, which is exact to 1e-12 here; the rest, at most pi / 4,
+    goes into the Cephes polynomials. The library's functions keep a table on the stack for angles
+    that no position has.
+    """
+    quarters = tl.floor(angle.to(tl.float64) * 0.6366197723675814 + 0.5)
+    x = (angle.to(tl.float64) - quarters * 1.5707963267948966).to(tl.float32)
+    z = x * x
+    sin = x + x * z * ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1)
+    cos = (2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2
+    cos = 1.0 - 0.5 * z + z * z * cos
+    quadrant = quarters.to(tl.int32) & 3
+    swap = (quadrant & 1) == 1
+    a, b = tl.where(swap, sin, cos), tl.where(swap, cos, sin)
+    a = tl.where((quadrant == 1) | (quadrant == 2), -a, a)
+    b = tl.where(quadrant >= 2, -b, b)
+    return a, b
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _table_kernel(
     positions_ptr, cos_ptr, sin_ptr, tokens, theta,
@@ -207,8 +230,9 @@ def _table_kernel(
     if 2 * HALF > D:
         mask = mask & (pair < D // 2)[None, :]
     offset = row[:, None] * (D // 2) + pair[None, :]
-    tl.store(cos_ptr + offset, tl.cos(angle), mask=mask)
-    tl.store(sin_ptr + offset, tl.sin(angle), mask=mask)
+    cos, sin = _cos_sin(angle)
+    tl.store(cos_ptr + offset, cos, mask=mask)
+    tl.store(sin_ptr + offset, sin, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -437,7 +461,7 @@ def _table_launches(sm: int) -> Iterator[_runtime.Launch]:
             constexprs={"D": D, "HALF": tile.half, "TOKENS": tile.tokens},
             num_warps=tile.warps,
             aligned=tuple(name for name in signature if name.endswith("_ptr")),
-            memory_bound=False,  # arithmetic binds it: range reduction; a load is one position
+            memory_bound=False,  # a row's one load is its position
         )
 
 

@@ -179,6 +179,17 @@ def test_tables_keep_float32_angles_at_far_positions(theta, device):
         assert ((table.double() - expected).abs() <= eps * (2 * exact.abs() + 1)).all()
 
 
+@runs_kernel
+def test_tables_are_cosine_and_sine_of_the_float32_angle(device):
+    """In every quadrant, within 2 units of 1. Pair 0 turns by 1, so angles are positions."""
+    positions = torch.cat([torch.arange(4000), torch.arange(-9, 0), torch.arange(10**6, 10**6 + 9)])
+    cos, sin = nk.rope_table(positions.to(device), 2)
+    angle = positions.double()[:, None].to(device)
+    eps = torch.finfo(torch.float32).eps
+    assert (cos.double() - angle.cos()).abs().max() <= 2 * eps
+    assert (sin.double() - angle.sin()).abs().max() <= 2 * eps
+
+
 def test_registration(device):
     x, cos, sin = make(device=device)
     torch.library.opcheck(module._rotation, (x, cos, sin, True, False))

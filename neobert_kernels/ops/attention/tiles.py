@@ -118,6 +118,9 @@ def _choose(wide: bool, exact: bool, sm: int, short: bool, inside: bool, tma: bo
             turn_inside=inside,
             turn_inside_backward=False,
         )
+    if sm >= 100:  # accumulators have a memory of their own, and two blocks 128 registers a lane:
+        inside = False  # the rotation does not fit into these, nor do descriptors of wide rows
+        tma = tma and not wide
     # dk and dv are two sums of outer by D: 128 registers of a lane at D = 128.
     dkv = Tile(outer, 32 if wide else 64, warps, 1 if wide and sm >= 100 else 2)
     return Tiles(
@@ -126,7 +129,7 @@ def _choose(wide: bool, exact: bool, sm: int, short: bool, inside: bool, tma: bo
         dq=Tile(outer, 64, warps, 2),
         dkv=dkv,
         turn_inside=inside,
-        turn_inside_backward=inside,
+        turn_inside_backward=inside and not wide,
     )
 
 
