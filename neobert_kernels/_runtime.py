@@ -39,6 +39,7 @@ class Launch:
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    maxnreg: int | None = None
     aligned: tuple[str, ...] = ()
     memory_bound: bool = True
     matrix: bool = False

@@ -137,7 +137,7 @@ class Call:
                 self.q, self.k, self.v, self.cos, self.sin, self.cu_seqlens, *pointers, tokens,
                 documents, self.window, self.scale, *strides,
                 **self.form.constexprs(self.choice, tile, backward), num_warps=tile.warps,
-                num_stages=tile.stages, **_runtime.FP_FUSION,
+                num_stages=tile.stages, maxnreg=tile.registers, **_runtime.FP_FUSION,
             )  # fmt: skip
 
         # The allocator is a context variable: in a copy of the context, a user's own one stays.
@@ -230,6 +230,7 @@ def _launch(
         constexprs=form.constexprs(choice, tile, backward),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
         aligned=tuple(n for n in signature if n.endswith("_ptr") or "_stride_" in n),
         memory_bound=False,
         matrix=dtype != torch.float32,  # exact products are not for tensor cores

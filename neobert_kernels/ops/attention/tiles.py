@@ -35,6 +35,7 @@ class Tile:
     warps: int
     stages: int
     tma: bool = False  # the forward's copies, where q and k need no turning as they are loaded
+    registers: int | None = None  # of a lane; None: the assembler may spill a few for more blocks
     specialized: bool = False  # warps that copy and warps that multiply; with TMA and 4 warps only
 
     def __post_init__(self) -> None:
@@ -103,11 +104,12 @@ def choose(D: int, dtype: torch.dtype, sm: int, longest: int, aligned: bool) -> 
 def _choose(wide: bool, exact: bool, sm: int, short: bool, inside: bool, tma: bool) -> Tiles:
     if exact:
         # float32 is exact: products run on the ordinary units, out of registers, so small tiles.
+        tile = functools.partial(Tile, warps=8, stages=1, registers=255)
         if wide:
-            tile, dq = Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)
-            return Tiles(tile, dq, tile, inside, inside)
-        tile, dkv = Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)
-        return Tiles(tile, tile, dkv, inside, inside)
+            forward = tile(32, 16)
+            return Tiles(forward, Tile(16, 16, 8, 1), forward, inside, inside)
+        forward = tile(32, 32)
+        return Tiles(forward, forward, tile(32, 16), inside, inside)
     # One warp to 16 rows, the least that a tensor core takes; 4 warps share a Hopper instruction.
     outer, warps = (64, 4) if short else (128, 8)
     if sm < 90 or sm >= 120:  # products out of registers: the backward has none to turn rows in
