@@ -27,7 +27,9 @@ class Launch:
 
     ``signature`` gives every argument a Triton type; ``aligned`` names the pointers and integers
     that are divisible by 16. ``memory_bound`` kernels owe 16-byte global accesses, except for
-    ``narrow_once`` of them, which a program makes once behind its loop; a ``supported`` launch must
+    ``narrow_once`` of them, which a program makes once behind its loop; ``matrix`` kernels owe
+    tensor-core instructions, and what ``tma`` and ``warp_specialized`` ask for must be in the
+    code, because the compiler drops it without a word. A ``supported`` launch must
     not spill.
     """
 
@@ -38,9 +40,13 @@ class Launch:
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    maxnreg: int | None = None
     aligned: tuple[str, ...] = ()
     memory_bound: bool = True
     narrow_once: int = 0
+    matrix: bool = False
+    tma: bool = False
+    warp_specialized: bool = False
     supported: bool = True
 
 
@@ -113,6 +119,17 @@ def use_kernel(x: Tensor) -> bool:
 @functools.cache
 def _sm_count(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def generation(x: Tensor) -> int:
+    """90 on a GPU of compute capability 9.0; 80 in the interpreter."""
+    return _capability(x.device.index) if x.is_cuda else 80
 
 
 def resident_programs(x: Tensor, per_sm: int) -> int:

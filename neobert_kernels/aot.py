@@ -53,8 +53,13 @@ class Report:
         wide_loads, narrow_loads, wide_stores, narrow_stores: Global accesses of at least 16 bytes,
             and below. TMA copies count as wide.
         tensor_core, tma: Matrix-multiply and TMA instructions.
+        wgmma: Those of the matrix-multiply instructions that a warp group issues together, which
+            only sm_90 has.
+        warp_specialized: Warps of the compiled kernel have different tasks.
         owes_width: The kernel is bound by memory and all its pointers are aligned.
         narrow_once: Narrow accesses that a program makes once, behind its loop, and does not owe.
+        owes_matrix: Its products belong on tensor cores.
+        owes_tma, owes_warp_specialization: The launch asks for them.
         supported: The launch is one that users get, so it must not spill.
     """
 
@@ -66,6 +71,9 @@ class Report:
     owes_width: bool
     narrow_once: int
     supported: bool
+    owes_matrix: bool = False
+    owes_tma: bool = False
+    owes_warp_specialization: bool = False
     error: str = ""
     registers: int = 0
     spilled_bytes: int = 0
@@ -79,7 +87,9 @@ class Report:
     wide_stores: int = 0
     narrow_stores: int = 0
     tensor_core: int = 0
+    wgmma: int = 0
     tma: int = 0
+    warp_specialized: bool = False
 
 
 def problems(report: Report) -> list[str]:
@@ -92,6 +102,14 @@ def problems(report: Report) -> list[str]:
         found.append(f"spills {report.spilled_bytes} bytes, {local} local-memory instructions")
     if report.shared_bytes > report.shared_limit:
         found.append(f"needs {report.shared_bytes} bytes of shared memory of {report.shared_limit}")
+    if report.owes_matrix and not report.tensor_core:
+        found.append("has no tensor-core instruction")
+    if report.owes_matrix and report.sm == 90 and report.wgmma < report.tensor_core:
+        found.append(f"{report.tensor_core - report.wgmma} tensor-core instructions not of sm_90")
+    if report.owes_tma and not report.tma:
+        found.append("asks for TMA and has no TMA instruction")
+    if report.owes_warp_specialization and not report.warp_specialized:
+        found.append("asks for warp specialization and all warps do the same")
     if report.owes_width:
         for what, wide, narrow in (
             ("loads", report.wide_loads, report.narrow_loads),
@@ -141,6 +159,7 @@ def reports(
 class _Binary:
     cubin: bytes
     shared_bytes: int
+    warp_specialized: bool
 
 
 def _reports(
@@ -187,6 +206,9 @@ def _reports(
                 owes_width=launch.memory_bound and _all_pointers_aligned(launch),
                 narrow_once=launch.narrow_once,
                 supported=launch.supported,
+                owes_matrix=launch.matrix,
+                owes_tma=launch.tma,
+                owes_warp_specialization=launch.warp_specialized,
                 **measured[key],
             )
     finally:
@@ -200,7 +222,8 @@ def _all_pointers_aligned(launch: _runtime.Launch) -> bool:
 
 def _key(sm: int, launch: _runtime.Launch) -> str:
     """Equal for launches that compile to the same code."""
-    parts = (launch.signature, launch.constexprs, launch.num_warps, launch.num_stages)
+    options = (launch.num_warps, launch.num_stages, launch.maxnreg)
+    parts = (launch.signature, launch.constexprs, options)
     return repr((sm, id(launch.kernel), parts, sorted(launch.aligned)))
 
 
@@ -215,15 +238,21 @@ def _compile(sm: int, launch: _runtime.Launch) -> _Binary:
         constexprs=launch.constexprs,
         attrs={(position[name],): [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "maxnreg": launch.maxnreg,
+    }
     compiled = _triton.triton.compile(
         source, target=GPUTarget("cuda", sm, 32), options=options | _runtime.FP_FUSION
     )
-    return _Binary(compiled.asm["cubin"], compiled.metadata.shared)
+    specialized = "ttg.warp_specialize" in compiled.asm["ttgir"]
+    return _Binary(compiled.asm["cubin"], compiled.metadata.shared, specialized)
 
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)")
 _TENSOR_CORE = re.compile(r"[BDHIOQ]G?MMA|UTC\w*MMA")
+_WGMMA = re.compile(r"[BHIQ]GMMA")
 _TMA = re.compile(r"UTMA(?:LDG|STG|REDG)|UBLKCP|UBLKRED")
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
@@ -237,7 +266,12 @@ def _measure(sm: int, results: Sequence[_Binary | str]) -> list[dict[str, Any]]:
     return [
         {"error": result}
         if isinstance(result, str)
-        else {"shared_bytes": result.shared_bytes, **next(usages), **_count(next(listings))}
+        else {
+            "shared_bytes": result.shared_bytes,
+            "warp_specialized": result.warp_specialized,
+            **next(usages),
+            **_count(next(listings)),
+        }
         for result in results
     ]
 
@@ -296,6 +330,7 @@ def _count(instructions: Iterable[str]) -> dict[str, int]:
         "local_loads": opcodes["LDL"],
         "local_stores": opcodes["STL"],
         "tensor_core": sum(n for name, n in opcodes.items() if _TENSOR_CORE.fullmatch(name)),
+        "wgmma": sum(n for name, n in opcodes.items() if _WGMMA.fullmatch(name)),
         "tma": sum(n for name, n in opcodes.items() if _TMA.fullmatch(name)),
     }
     for kind, what in (("LDG", "load"), ("STG", "store")):
@@ -325,6 +360,7 @@ _COLUMNS = (
     ("load_bytes", "load"),
     ("store_bytes", "store"),
     ("tensor_core", "tensor"),
+    ("wgmma", "wgmma"),
     ("tma", "tma"),
 )
 

@@ -149,6 +149,39 @@ def test_tensor_core_instructions_are_counted(register: Any, sm: int) -> None:
     assert not report_of(register, launch(_copy_kernel, BLOCK=1024), sm).tensor_core
 
 
+def test_wgmma_is_told_apart(register: Any) -> None:
+    for N, sm, expected in ((64, 90, True), (64, 80, False), (64, 100, False)):
+        product = launch(_product_kernel, torch.float16, N=N)
+        assert bool(report_of(register, product, sm).wgmma) == expected
+
+
+@pytest.mark.parametrize(
+    ("promise", "kernel", "problem"),
+    [
+        ("matrix", _copy_kernel, "has no tensor-core instruction"),
+        ("tma", _copy_kernel, "asks for TMA and has no TMA instruction"),
+        ("warp_specialized", _copy_kernel, "asks for warp specialization and all warps do"),
+    ],
+)
+def test_what_was_asked_for_and_is_not_there_is_a_problem(
+    register: Any, promise: str, kernel: Any, problem: str
+) -> None:
+    one = launch(kernel, BLOCK=1024)
+    assert not aot.problems(report_of(register, one))
+    (found,) = aot.problems(report_of(register, replace(one, **{promise: True})))
+    assert found.startswith(problem)
+
+
+def test_what_was_asked_for_and_is_there_is_none(register: Any) -> None:
+    product = launch(_product_kernel, torch.float16, N=64)
+    report = report_of(register, replace(product, matrix=True, memory_bound=False))
+    assert not aot.problems(report)
+    (found,) = aot.problems(replace(report, wgmma=0))
+    assert found.endswith("tensor-core instructions not of sm_90")
+    bulk = launch(_bulk_copy_kernel, torch.float16, N=64)
+    assert not aot.problems(report_of(register, replace(bulk, tma=True)))
+
+
 @pytest.mark.parametrize("sm", [90, 100])
 def test_tma_instructions_are_counted(register: Any, sm: int) -> None:
     report = report_of(register, launch(_bulk_copy_kernel, torch.float16, N=64), sm)

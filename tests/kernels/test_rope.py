@@ -7,7 +7,12 @@ import torch
 from parity import assert_parity, assert_within_budget
 
 import neobert_kernels as nk
+from neobert_kernels import _runtime
+from neobert_kernels.ops import rope as module
 
+runs_kernel = pytest.mark.skipif(
+    not torch.cuda.is_available() and not _runtime.INTERPRET, reason="no kernel runs on the CPU"
+)
 layouts = pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 
 
@@ -86,6 +91,127 @@ def test_strided_views_are_read_as_they_are(device):
     assert torch.equal(nk.rope(view, cos, sin), nk.rope(view.contiguous(), cos, sin))
 
 
+VIEWS = {
+    "every second channel": lambda x: x[..., ::2],
+    "heads before tokens": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)[..., :8],
+    "one token repeated": lambda x: x[:1, :, :8].expand(7, -1, -1),
+}
+
+
+@layouts
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_and_their_gradients(view, interleaved, device):
+    _, cos, sin = make(device=device)
+    x = torch.randn(7, 3, 16, device=device)
+    assert_parity(
+        lambda x: nk.rope(VIEWS[view](x), cos, sin, interleaved).sum(-1),
+        lambda x: nk.rope_reference(VIEWS[view](x), cos, sin, interleaved).sum(-1),
+        [x],
+    )
+
+
+@layouts
+@pytest.mark.parametrize("D", [2, 6, 24, 64, 96, 128, 130])
+@pytest.mark.parametrize("H", [1, 2, 5])
+def test_every_width_and_number_of_heads(H, D, interleaved, device):
+    x, cos, sin = make(T=3 if H == 2 else 70, H=H, D=D, dtype=torch.bfloat16, device=device)
+    assert_parity(
+        lambda x: nk.rope(x, cos, sin, interleaved),
+        lambda x: nk.rope_reference(x, cos, sin, interleaved),
+        [x],
+    )
+
+
+@layouts
+@pytest.mark.parametrize("view", ["whole", "slice", "every second channel"])
+def test_in_place_and_into_a_view(view, interleaved, device):
+    x, cos, sin = make(device=device)
+    expected = nk.rope(x, cos, sin, interleaved)
+    room = torch.full((7, 3, 24), 5.0, device=device)
+    out = {"whole": torch.empty_like(x), "slice": room[..., 8:16],
+           "every second channel": room[..., 1:17:2]}[view]  # fmt: skip
+    assert nk.rope(x, cos, sin, interleaved, out=out) is out
+    assert torch.equal(out, expected)
+    assert room[..., [0, 17, 23]].eq(5).all()
+    assert nk.rope(x, cos, sin, interleaved, out=x) is x
+    assert torch.equal(x, expected)
+
+
+def test_in_place_refuses_a_gradient(device):
+    x, cos, sin = make(device=device)
+    x.requires_grad_()
+    with pytest.raises(ValueError, match="out: expected None where a gradient is recorded"):
+        nk.rope(x, cos, sin, out=torch.empty_like(x))
+    with torch.no_grad():
+        nk.rope(x, cos, sin, out=torch.empty_like(x))
+
+
+@runs_kernel
+@layouts
+@pytest.mark.parametrize(("H", "G"), [(3, 3), (4, 1)])
+def test_q_and_k_turn_in_one_launch_into_half_split_order(H, G, interleaved, device):
+    x, cos, sin = make(T=9, H=H + 2 * G, D=24, dtype=torch.float16, device=device)
+    q, k = x[:, :H], x[:, H : H + G]
+    order = [*range(0, 24, 2), *range(1, 24, 2)] if interleaved else range(24)
+    for turned, row in zip(module.turn(q, k, cos, sin, interleaved), (q, k), strict=True):
+        assert torch.equal(turned, nk.rope(row, cos, sin, interleaved)[..., list(order)])
+
+
+def test_no_tokens(device):
+    x, cos, sin = make(T=0, device=device)
+    x.requires_grad_()
+    y = nk.rope(x, cos, sin)
+    assert y.shape == (0, 3, 8)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("theta", [10000.0, 160000.0])
+def test_tables_keep_float32_angles_at_far_positions(theta, device):
+    """Of an angle of 8,000 turns float32 keeps 1e-3; the frequency may be off by 2 roundings."""
+    positions = torch.tensor([0, 1, 511, 4095, 8191], device=device)
+    exact = positions.double()[:, None] * theta ** (
+        -torch.arange(0, 64, 2, device=device).double() / 64
+    )
+    eps = torch.finfo(torch.float32).eps
+    for table, expected in zip(
+        nk.rope_table(positions, 64, theta), (exact.cos(), exact.sin()), strict=True
+    ):
+        assert ((table.double() - expected).abs() <= eps * (2 * exact.abs() + 1)).all()
+
+
+@runs_kernel
+def test_tables_are_cosine_and_sine_of_the_float32_angle(device):
+    """In every quadrant, within 2 units of 1. Pair 0 turns by 1, so angles are positions."""
+    positions = torch.cat([torch.arange(4000), torch.arange(-9, 0), torch.arange(10**6, 10**6 + 9)])
+    cos, sin = nk.rope_table(positions.to(device), 2)
+    angle = positions.double()[:, None].to(device)
+    eps = torch.finfo(torch.float32).eps
+    assert (cos.double() - angle.cos()).abs().max() <= 2 * eps
+    assert (sin.double() - angle.sin()).abs().max() <= 2 * eps
+
+
+def test_registration(device):
+    x, cos, sin = make(device=device)
+    torch.library.opcheck(module._rotation, (x, cos, sin, True, False))
+    torch.library.opcheck(module._rotation_into, (x, cos, sin, False, torch.empty_like(x)))
+    if device.type == "cuda" or _runtime.INTERPRET:
+        torch.library.opcheck(module._table, (torch.arange(5, device=device), 8, 1e4))
+
+
+def test_a_dynamic_number_of_tokens_compiles_once(device):
+    torch.compiler.reset()
+
+    def both(positions, x):
+        return nk.rope(x, *nk.rope_table(positions, 8), interleaved=True)
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (5, 9, 40):
+        stance = "default" if T == 5 else "fail_on_recompile"
+        with torch.compiler.set_stance(stance):
+            x, positions = make(T=T, device=device)[0], torch.arange(T, device=device)
+            torch.testing.assert_close(compiled(positions, x), both(positions, x))
+
+
 def test_tables_are_float32_and_no_position_is_negative_zero(device):
     cos, sin = nk.rope_table(torch.tensor([0, 4095], device=device, dtype=torch.int32), 64)
     assert cos.dtype == sin.dtype == torch.float32
@@ -112,6 +238,8 @@ T2 = torch.ones(3, 2)
         (lambda: nk.rope(X[..., :3], T2, T2), "x: expected an even head size, got 3"),
         (lambda: nk.rope(X, T2[:2], T2), r"cos: expected shape \(3, 2\), got \(2, 2\)"),
         (lambda: nk.rope(X, T2, T2.half()), "sin: expected dtype float32, got float16"),
+        (lambda: nk.rope(X, T2, T2, out=X[:2]), r"out: expected the shape of x \(\(3, 2, 4\)\)"),
+        (lambda: nk.rope(X, T2, T2, out=X.half()), "out: expected the dtype of x"),
         (lambda: nk.rope_table(torch.ones(2), 4), "positions: expected dtype int64 or int32"),
         (lambda: nk.rope_table(torch.ones(2, 2).long(), 4), "positions: expected 1 dimensions"),
         (lambda: nk.rope_table(torch.arange(2), 5), "dim: expected an even number, at least 2"),
