@@ -57,16 +57,19 @@ def unpad(attention_mask: Tensor) -> Packing:
     """Find the real tokens of a padded batch. Padding may be on either side, or between tokens.
 
     Args:
-        attention_mask: ``[B, S]`` bool, integer or float; zero means padding.
+        attention_mask: ``[B, S]`` bool or integer; zero means padding. An additive float mask means
+            the opposite, so floats are refused.
 
     Returns:
         The `Packing`. On a GPU this reads two numbers back (T and the longest length): once a
         batch, never once a layer.
 
     Raises:
-        ValueError: ``attention_mask`` is not two-dimensional.
+        ValueError: ``attention_mask`` is not two-dimensional, or not of a bool or integer dtype.
     """
     _check.tensor("attention_mask", attention_mask, ndim=2)
+    if attention_mask.is_floating_point() or attention_mask.is_complex():
+        raise _check.error("attention_mask", "dtype bool or an integer one", attention_mask.dtype)
     real = attention_mask != 0
     lengths = real.sum(1, dtype=torch.int32)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))

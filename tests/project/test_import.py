@@ -23,7 +23,7 @@ from neobert_kernels import _runtime
 
 x, weight = torch.randn(3, 8), torch.ones(8)
 torch.testing.assert_close(nk.rms_norm(x, weight), torch.nn.functional.rms_norm(x, (8,), eps=1e-5))
-assert nk.unpad(torch.ones(2, 3)).max_seqlen == 3
+assert nk.unpad(torch.ones(2, 3, dtype=torch.long)).max_seqlen == 3
 operators = _runtime.load_operators()
 assert {"rms_norm", "qkv_attention", "info_nce"} <= operators.keys()
 assert all(nk.implementation(name, "cpu") == "reference" for name in operators)
