@@ -28,7 +28,7 @@ class Launch:
     ``signature`` gives every argument a Triton type; ``aligned`` names the pointers and integers
     that are divisible by 16. ``memory_bound`` kernels owe 16-byte global accesses, except for
     ``narrow_once`` of them, which a program makes once behind its loop; a ``supported`` launch must
-    not spill.
+    not spill. ``maxnreg`` bounds the registers of a thread; None leaves them to the assembler.
     """
 
     kernel: Any
@@ -38,6 +38,7 @@ class Launch:
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    maxnreg: int | None = None
     aligned: tuple[str, ...] = ()
     memory_bound: bool = True
     narrow_once: int = 0
@@ -118,6 +119,12 @@ def _sm_count(index: int) -> int:
 def resident_programs(x: Tensor, per_sm: int) -> int:
     """Programs that a GPU runs at once at ``per_sm`` a multiprocessor; 4 in the interpreter."""
     return _sm_count(x.device.index) * per_sm if x.is_cuda else 4
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` as ``[rows, C]`` with neighbouring channels; a copy only where no view exists."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def signature(kernel: Any, dtype: torch.dtype, **types: str) -> dict[str, str]:

@@ -200,8 +200,9 @@ def _all_pointers_aligned(launch: _runtime.Launch) -> bool:
 
 def _key(sm: int, launch: _runtime.Launch) -> str:
     """Equal for launches that compile to the same code."""
-    parts = (launch.signature, launch.constexprs, launch.num_warps, launch.num_stages)
-    return repr((sm, id(launch.kernel), parts, sorted(launch.aligned)))
+    options = (launch.num_warps, launch.num_stages, launch.maxnreg)
+    parts = (launch.signature, launch.constexprs, sorted(launch.aligned))
+    return repr((sm, id(launch.kernel), options, parts))
 
 
 def _compile(sm: int, launch: _runtime.Launch) -> _Binary:
@@ -215,7 +216,9 @@ def _compile(sm: int, launch: _runtime.Launch) -> _Binary:
         constexprs=launch.constexprs,
         attrs={(position[name],): [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    if launch.maxnreg is not None:
+        options["maxnreg"] = launch.maxnreg
     compiled = _triton.triton.compile(
         source, target=GPUTarget("cuda", sm, 32), options=options | _runtime.FP_FUSION
     )
