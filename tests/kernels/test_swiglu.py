@@ -192,6 +192,21 @@ def test_registration(gelu):
     torch.library.opcheck(module._backward, (x[:, ::2], x.t().contiguous().t(), gelu))
 
 
+@runs_kernel
+@pytest.mark.parametrize("gelu", [False, True])
+def test_nothing_is_written_behind_the_results(gelu):
+    """The columns that a block has too many would end in the next row, and behind the last one."""
+    rows, F = 3, 100
+    x, dy = torch.randn(rows, 2 * F, device=DEVICE), torch.randn(rows, F, device=DEVICE)
+    y, dx = (torch.full((rows * width + 512,), 7.0, device=DEVICE) for width in (F, 2 * F))
+    module._launch(module._forward_kernel, x, gelu, F, (x, y), (2 * F,))
+    module._launch(module._backward_kernel, x, gelu, F, (dy, x, dx), (F, 2 * F))
+    assert (y[rows * F :] == 7).all()
+    assert (dx[rows * 2 * F :] == 7).all()
+    assert torch.equal(y[: rows * F].view(rows, F), module._forward(x, gelu))
+    assert torch.equal(dx[: rows * 2 * F].view(rows, 2 * F), module._backward(dy, x, gelu))
+
+
 @pytest.mark.parametrize("F", [1, 127, 1152, 2048, 2624, 3072, 16384])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_block_fills_its_lanes(F, itemsize):
