@@ -30,7 +30,7 @@ class Launch:
     ``narrow_once`` of them, which a program makes once behind its loop; ``matrix`` kernels owe
     tensor-core instructions, and what ``tma`` and ``warp_specialized`` ask for must be in the
     code, because the compiler drops it without a word. A ``supported`` launch must
-    not spill.
+    not spill. ``maxnreg`` bounds the registers of a thread; None leaves them to the assembler.
     """
 
     kernel: Any
@@ -135,6 +135,12 @@ def generation(x: Tensor) -> int:
 def resident_programs(x: Tensor, per_sm: int) -> int:
     """Programs that a GPU runs at once at ``per_sm`` a multiprocessor; 4 in the interpreter."""
     return _sm_count(x.device.index) * per_sm if x.is_cuda else 4
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` as ``[rows, C]`` with neighbouring channels; a copy only where no view exists."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def signature(kernel: Any, dtype: torch.dtype, **types: str) -> dict[str, str]:

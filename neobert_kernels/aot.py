@@ -223,8 +223,8 @@ def _all_pointers_aligned(launch: _runtime.Launch) -> bool:
 def _key(sm: int, launch: _runtime.Launch) -> str:
     """Equal for launches that compile to the same code."""
     options = (launch.num_warps, launch.num_stages, launch.maxnreg)
-    parts = (launch.signature, launch.constexprs, options)
-    return repr((sm, id(launch.kernel), parts, sorted(launch.aligned)))
+    parts = (launch.signature, launch.constexprs, sorted(launch.aligned))
+    return repr((sm, id(launch.kernel), options, parts))
 
 
 def _compile(sm: int, launch: _runtime.Launch) -> _Binary:
@@ -238,11 +238,9 @@ def _compile(sm: int, launch: _runtime.Launch) -> _Binary:
         constexprs=launch.constexprs,
         attrs={(position[name],): [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    options = {
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-        "maxnreg": launch.maxnreg,
-    }
+    options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    if launch.maxnreg is not None:
+        options["maxnreg"] = launch.maxnreg
     compiled = _triton.triton.compile(
         source, target=GPUTarget("cuda", sm, 32), options=options | _runtime.FP_FUSION
     )

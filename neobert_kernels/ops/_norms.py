@@ -229,7 +229,7 @@ TOTAL_TILE = {"COLUMNS": 32, "PARTS": 128}  # 16 KiB in flight for each of 4 war
 
 @dataclass(frozen=True)
 class Choice:
-    """How a kernel cuts its work: ``rows`` rows of chunks for each program of ``warps`` warps."""
+    """How a row is cut, and ``rows`` rows for each program of ``warps`` warps."""
 
     chunk: int
     tail: int
@@ -262,36 +262,46 @@ def choice(C: int, itemsize: int, per_lane: int) -> Choice:
     return min(cuts, key=lambda pair: pair[0])[1]
 
 
-# A lane's elements of one row. Forward: x in float32, 40 to 72 registers in all, so 28 to 48 warps
-# on a multiprocessor, each with a row in flight: 48 to 72 KiB of the 64 that an H200 needs to keep
-# its memory busy. Backward: x, dy, weight and one or two sums, see `programs_per_sm`. Unmeasured.
-FORWARD_PER_LANE = 32
-BACKWARD_PER_LANE = 28
+@dataclass(frozen=True)
+class Plan:
+    """A launch: a cut, the registers a thread may have, and, in the backward, what is resident."""
+
+    tile: Choice
+    registers: int | None
+    programs_per_sm: int = 1
+    stages: int = 1
 
 
-def programs_per_sm(tile: Choice, sums: int) -> int:
-    """Backward programs that fit into 65,536 registers; ``sums``: 1, or 2 with a bias. Unmeasured.
+@functools.cache
+def forward_plan(C: int, itemsize: int) -> Plan:
+    """At 768 columns 40 to 56 registers: 36 to 48 warps and rows on a multiprocessor. Unmeasured.
 
-    The ahead-of-time report shows about 48 registers, and 3 plus ``sums`` for each element a lane
-    holds: 12 warps at 768 columns, too few to hide memory by themselves, hence `stages`.
+    Those are 54 to 72 KiB of bfloat16 on their way in, where an H200 needs about 64 KiB of reads
+    and writes. The bound is explicit because Triton 3.6's assembler, left alone, spills a little to
+    save some registers.
     """
-    return max(1, 65536 // (32 * tile.warps * (48 + (3 + sums) * tile.per_lane)))
+    tile = choice(C, itemsize, per_lane=32)
+    return Plan(tile, registers=-(-(32 + 3 * tile.per_lane // 2) // 8) * 8)
 
 
-def stages(tile: Choice, C: int, itemsize: int, tensors: int, programs: int) -> int:
-    """Iterations whose loads run ahead through shared memory, plus the current one. Unmeasured.
+@functools.cache
+def backward_plan(C: int, itemsize: int, tensors: int, sums: int) -> Plan:
+    """As many programs as have registers for ``tensors``, weight and ``sums`` sums. Unmeasured.
 
-    Two where they fit: at 768 bfloat16 columns three programs of four rows of x and dy keep 72 KiB
-    in flight at all times. No program takes more than 96 KiB, which every GPU has.
+    The ahead-of-time report shows about 48 registers beside these, 16 more for a half tail and 80
+    more for a quarter, which have addresses of their own: 12 warps at 768 columns, too few to hide
+    memory by themselves. So the loads of ``tensors`` tensors run one or two iterations ahead,
+    through shared memory: at 768 columns of bfloat16 two, three programs of four rows of x and dy,
+    are 72 KiB that are on their way at all times. 160 KiB are an A100's shared memory, and 96 KiB
+    what a program may use on every GPU.
     """
+    tile = choice(C, itemsize, per_lane=28)
+    threads = 32 * tile.warps
+    beside = 48 + {1: 0, 2: 16, 4: 80}[tile.chunk // tile.tail]
+    programs = max(1, 65536 // (threads * (beside + (1 + tensors + sums) * tile.per_lane)))
     size = tile.rows * C * itemsize * tensors
-    return 1 + min(2, (160 << 10) // (size * programs), (96 << 10) // size)
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """``x`` as ``[rows, C]`` with neighbouring channels; a copy only where no view exists."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    ahead = min(2, (160 << 10) // (size * programs), (96 << 10) // size)
+    return Plan(tile, None, programs, 1 + ahead)
 
 
 def forward(
@@ -302,15 +312,16 @@ def forward(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = None if residual is None else torch.empty_like(y)
     C = x.shape[-1]
-    x = as_rows(x)
-    residual = None if residual is None else as_rows(residual)
+    x = _runtime.as_rows(x)
+    residual = None if residual is None else _runtime.as_rows(residual)
     rows = x.shape[0]
     if rows:
-        tile = choice(C, x.element_size(), FORWARD_PER_LANE)
-        forward_kernel[(triton.cdiv(rows, tile.rows),)](
+        plan = forward_plan(C, x.element_size())
+        forward_kernel[(triton.cdiv(rows, plan.tile.rows),)](
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), y, h,
             rows, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-            **tile.constexprs(C), CENTERED=centered, num_warps=tile.warps, **_runtime.FP_FUSION,
+            **plan.tile.constexprs(C), CENTERED=centered,
+            num_warps=plan.tile.warps, maxnreg=plan.registers, **_runtime.FP_FUSION,
         )  # fmt: skip
     return y, y if h is None else h
 
@@ -324,32 +335,26 @@ def backward(
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
     C = x.shape[-1]
-    dy, x = as_rows(dy), as_rows(x)
-    dh = None if dh is None else as_rows(dh)
+    dy, x = _runtime.as_rows(dy), _runtime.as_rows(x)
+    dh = None if dh is None else _runtime.as_rows(dh)
     rows = x.shape[0]
     if not rows:
         return dx, dweight.zero_(), None if dbias is None else dbias.zero_()
     kinds = 1 if bias is None else 2
-    tile, per_sm, ahead = backward_choice(C, x.element_size(), 2 + (dh is not None), kinds)
-    programs = min(triton.cdiv(rows, tile.rows), _runtime.resident_programs(x, per_sm))
+    plan = backward_plan(C, x.element_size(), 2 + (dh is not None), kinds)
+    resident = _runtime.resident_programs(x, plan.programs_per_sm)
+    programs = min(triton.cdiv(rows, plan.tile.rows), resident)
     partial = x.new_empty((programs, kinds, C), dtype=torch.float32)
     backward_kernel[(programs,)](
         dy, dh, x, weight.contiguous(), dx, partial, rows, dy.stride(0),
-        0 if dh is None else dh.stride(0), x.stride(0), eps, **tile.constexprs(C), STAGES=ahead,
-        CENTERED=centered, HAS_BIAS=bias is not None, num_warps=tile.warps, **_runtime.FP_FUSION,
+        0 if dh is None else dh.stride(0), x.stride(0), eps, **plan.tile.constexprs(C),
+        STAGES=plan.stages, CENTERED=centered, HAS_BIAS=bias is not None,
+        num_warps=plan.tile.warps, maxnreg=plan.registers, **_runtime.FP_FUSION,
     )  # fmt: skip
     total_kernel[(triton.cdiv(C, TOTAL_TILE["COLUMNS"]), kinds)](
         partial, dweight, dbias, programs, C=C, **TOTAL_TILE, num_warps=4, **_runtime.FP_FUSION
     )
     return dx, dweight, dbias
-
-
-@functools.cache
-def backward_choice(C: int, itemsize: int, tensors: int, sums: int) -> tuple[Choice, int, int]:
-    """The cut, the programs for each multiprocessor, and the stages of a backward launch."""
-    tile = choice(C, itemsize, BACKWARD_PER_LANE)
-    programs = programs_per_sm(tile, sums)
-    return tile, programs, stages(tile, C, itemsize, tensors, programs)
 
 
 WIDTHS = (256, 384, 760, 768, 1024, 1152, 1792, 2304, 4096)
@@ -367,10 +372,10 @@ def launches(name: str, added: bool, centered: bool) -> Iterator[_runtime.Launch
         missing = () if added else ("residual_ptr", "h_ptr", "dh_ptr", "residual_stride")
         missing += () if centered else ("bias_ptr",)
         types = dict.fromkeys(("weight_ptr", "bias_ptr"), f"*{weight}") | {"partial_ptr": "*fp32"}
-        cut, _, ahead = backward_choice(C, dtype.itemsize, 2 + added, 1 + centered)
-        for kernel, tile, more in (
-            (forward_kernel, choice(C, dtype.itemsize, FORWARD_PER_LANE), {}),
-            (backward_kernel, cut, {"STAGES": ahead, "HAS_BIAS": centered}),
+        back = backward_plan(C, dtype.itemsize, 2 + added, 1 + centered)
+        for kernel, plan, more in (
+            (forward_kernel, forward_plan(C, dtype.itemsize), {}),
+            (backward_kernel, back, {"STAGES": back.stages, "HAS_BIAS": centered}),
         ):
             names = [p.name for p in kernel.params]
             absent = {n: None for n in missing if n in names and n.endswith("_ptr")}
@@ -382,10 +387,11 @@ def launches(name: str, added: bool, centered: bool) -> Iterator[_runtime.Launch
                 name=f"{name}_{'backward' if more else 'forward'}",
                 case=case,
                 signature=signature,
-                constexprs=tile.constexprs(C) | {"CENTERED": centered} | more | absent,
-                num_warps=tile.warps,
+                constexprs=plan.tile.constexprs(C) | {"CENTERED": centered} | more | absent,
+                num_warps=plan.tile.warps,
+                maxnreg=plan.registers,
                 # A program's partial sums: a chunk's columns over all its lanes.
-                narrow_once=(1 + centered) * triton.cdiv(C, tile.chunk) if more else 0,
+                narrow_once=(1 + centered) * triton.cdiv(C, plan.tile.chunk) if more else 0,
                 aligned=tuple(
                     n for n, kind in signature.items()
                     if n.endswith(("_ptr", "_stride")) and kind != "constexpr"

@@ -104,11 +104,14 @@ class _AddRMSNorm(torch.autograd.Function):
         y, h = _add_forward(x, residual, weight, eps)
         ctx.save_for_backward(h, weight)
         ctx.eps = eps
+        ctx.set_materialize_grads(False)  # a post-norm block leaves h unused: no zeros to read
         return y, h
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dh, dh, None, None
         dx, dweight = _backward(dy, dh, *ctx.saved_tensors, ctx.eps)
         return dx, dx, dweight, None
 

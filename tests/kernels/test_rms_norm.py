@@ -104,7 +104,7 @@ def test_matches_float64(
 @both
 @every_dtype
 def test_rows_around_a_block(op: Callable, reference: Callable, dtype: torch.dtype) -> None:
-    block = _norms.choice(96, dtype.itemsize, _norms.BACKWARD_PER_LANE).rows
+    block = _norms.backward_plan(96, dtype.itemsize, 2, 1).tile.rows
     for rows in (block - 1, block, block + 1, 4 * block, 4 * block + 1):  # 4 programs interpreted
         compare(op, reference, (rows, 96), dtype)
 
@@ -338,7 +338,7 @@ def test_more_than_two_to_the_31_elements(op: Callable, reference: Callable) -> 
 
 @pytest.mark.parametrize("C", [1, 2, 127, 384, 768, 1152, 1792, 2304, 4097, 16384])
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("per_lane", [_norms.FORWARD_PER_LANE, _norms.BACKWARD_PER_LANE])
+@pytest.mark.parametrize("per_lane", [28, 32])
 def test_every_choice_covers_its_row_with_whole_warps(C: int, itemsize: int, per_lane: int) -> None:
     tile = _norms.choice(C, itemsize, per_lane)
     lanes = tile.chunk * itemsize // 16
@@ -350,7 +350,7 @@ def test_every_choice_covers_its_row_with_whole_warps(C: int, itemsize: int, per
 
 @pytest.mark.parametrize("C", [256, 384, 768, 1024, 1152, 1792, 2304, 4096])
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("per_lane", [_norms.FORWARD_PER_LANE, _norms.BACKWARD_PER_LANE])
+@pytest.mark.parametrize("per_lane", [28, 32])
 def test_no_lane_idles_at_common_widths(C: int, itemsize: int, per_lane: int) -> None:
     tile = _norms.choice(C, itemsize, per_lane)
     assert C % tile.chunk in (0, tile.tail)

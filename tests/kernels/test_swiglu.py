@@ -1,12 +1,25 @@
 """swiglu and geglu: the first half is the gate."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from parity import assert_parity, assert_within_budget
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parity import assert_parity, assert_within_budget, outputs_and_gradients
+from torch import Tensor
 
 import neobert_kernels as nk
+from neobert_kernels import _runtime
+from neobert_kernels.ops import swiglu as module
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+runs_kernel = pytest.mark.skipif(
+    DEVICE.type != "cuda" and not _runtime.INTERPRET, reason="no kernel runs on the CPU"
+)
+needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 
 
 def silu(g):
@@ -27,6 +40,8 @@ ops = pytest.mark.parametrize(("op", "reference", "activation"), OPS.values(), i
 @ops
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_matches_the_formula_written_out(op, reference, activation, dtype, device):
+    if _runtime.INTERPRET and dtype is torch.bfloat16:
+        pytest.skip("Triton's interpreter truncates to bfloat16 where a GPU rounds")
     x = torch.randn(5, 6, device=device).to(dtype)
     rows = [[activation(r[i]) * r[i + 3] for i in range(3)] for r in x.double().tolist()]
     exact = torch.tensor(rows, dtype=torch.float64, device=device)
@@ -36,7 +51,11 @@ def test_matches_the_formula_written_out(op, reference, activation, dtype, devic
 
 @ops
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2,), (1, 16), (2, 3, 100), (0, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2,), (1, 16), (2, 3, 100), (0, 8), (0, 3, 8), (3, 2304), (3, 4096), (33, 130)],
+    ids=str,
+)
 def test_matches_the_reference_and_its_gradient(op, reference, activation, dtype, shape, device):
     x = torch.randn(shape, device=device).to(dtype)
     if x.numel():
@@ -59,6 +78,168 @@ def test_large_gates_neither_overflow_nor_vanish(op, reference, activation, devi
     y.sum().backward()
     torch.testing.assert_close(y, torch.tensor([[240.0, 0.0]], device=device))
     assert x.grad.isfinite().all()
+
+
+@ops
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(rows=st.integers(1, 40), F=st.integers(1, 300), dtype=st.sampled_from(DTYPES))
+def test_any_shape(op, reference, activation, rows, F, dtype):
+    torch.manual_seed(0)
+    assert_parity(op, reference, [torch.randn(rows, 2 * F, device=DEVICE).to(dtype)])
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter's
+@ops
+def test_values_that_no_float32_exponential_holds(op, reference, activation):
+    """Gates of +-1e30 and +-200: no overflow becomes a NaN, forward or backward."""
+    g = torch.tensor([1e30, -1e30, 200.0, -200.0, 0.0, -0.0], device=DEVICE)
+    x = torch.cat([g, torch.full_like(g, 0.5)]).requires_grad_()
+    y = op(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, torch.tensor([5e29, 0, 100.0, 0, 0, 0], device=DEVICE))
+    torch.testing.assert_close(
+        x.grad, torch.cat([g.new_tensor([0.5, 0, 0.5, 0, 0.25, 0.25]), g.clamp(min=0)])
+    )
+
+
+@ops
+def test_the_value_gets_the_activated_gradient(op, reference, activation):
+    """The gradient of the second half is ``dy * act(g)``, which `op` computes from values of dy."""
+    g, b, dy = torch.randn(3, 7, 40, device=DEVICE)
+    x = torch.cat([g, b], -1).requires_grad_()
+    op(x).backward(dy)
+    assert torch.equal(x.grad[:, 40:], op(torch.cat([g, dy], -1)))
+
+
+@ops
+def test_linear_in_the_value(op, reference, activation):
+    g, b = torch.randn(2, 7, 40, device=DEVICE)
+    assert torch.equal(op(torch.cat([g, 4 * b], -1)), 4 * op(torch.cat([g, b], -1)))
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.t(),
+    "every second channel": lambda x: x[:, ::2],
+    "every second row": lambda x: x[::2],
+    "slice of wider rows": lambda x: x[:, 8:-8],
+    "one row repeated": lambda x: x[:1].expand(6, -1),
+    "reversed axes": lambda x: x.view(4, 8, -1).permute(1, 0, 2),
+}
+
+
+@ops
+@pytest.mark.parametrize("view", VIEWS)
+def test_strided_rows(op, reference, activation, view):
+    """x is a view, and the gradient comes back as a slice of wider rows."""
+
+    def strided(fn: Callable) -> Callable:
+        def call(x: Tensor) -> Tensor:
+            y = fn(VIEWS[view](x))
+            return torch.cat([y, y.new_ones(*y.shape[:-1], 8)], dim=-1)
+
+        return call
+
+    x = torch.randn(32, 64, device=DEVICE).bfloat16()
+    assert_parity(strided(op), strided(reference), [x])
+
+
+@ops
+def test_expanded_gradient(op, reference, activation):
+    x = torch.randn(9, 96, device=DEVICE)
+    assert_parity(lambda x: op(x).sum(), lambda x: reference(x).sum(), [x])
+
+
+@ops
+def test_gives_the_same_bits_twice_and_leaves_x_alone(op, reference, activation):
+    x = torch.randn(41, 96, device=DEVICE).requires_grad_()
+    before = x.detach().clone()
+    y = op(x)
+    dy = torch.randn_like(y)
+    first, again = (torch.autograd.grad(y, x, dy, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(x, before)
+
+
+@ops
+def test_autocast_changes_nothing(op, reference, activation):
+    """Arithmetic is float32 already, and the result has the dtype of x."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(5, 96, device=DEVICE).to(dtype)
+        plain = op(x)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            cast = op(x)
+        assert cast.dtype == dtype
+        assert torch.equal(plain, cast)
+
+
+@ops
+def test_a_dynamic_number_of_rows_compiles_once(op, reference, activation):
+    torch.compiler.reset()
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.compiler.set_stance("default"):
+        assert_parity(compiled, reference, [torch.randn(5, 96, device=DEVICE)])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for rows in (7, 40):
+            assert_parity(compiled, reference, [torch.randn(rows, 96, device=DEVICE)])
+
+
+@runs_kernel
+@pytest.mark.parametrize("gelu", [False, True])
+def test_registration(gelu):
+    x = torch.randn(5, 96, device=DEVICE).bfloat16()
+    torch.library.opcheck(module._forward, (x, gelu))
+    torch.library.opcheck(module._backward, (x[:, :48], x, gelu))
+    torch.library.opcheck(module._backward, (x[:, ::2], x.t().contiguous().t(), gelu))
+
+
+@runs_kernel
+@pytest.mark.parametrize("gelu", [False, True])
+def test_nothing_is_written_behind_the_results(gelu):
+    """The columns that a block has too many would end in the next row, and behind the last one."""
+    rows, F = 3, 100
+    x, dy = torch.randn(rows, 2 * F, device=DEVICE), torch.randn(rows, F, device=DEVICE)
+    y, dx = (torch.full((rows * width + 512,), 7.0, device=DEVICE) for width in (F, 2 * F))
+    module._launch(module._forward_kernel, x, gelu, F, (x, y), (2 * F,))
+    module._launch(module._backward_kernel, x, gelu, F, (dy, x, dx), (F, 2 * F))
+    assert (y[rows * F :] == 7).all()
+    assert (dx[rows * 2 * F :] == 7).all()
+    assert torch.equal(y[: rows * F].view(rows, F), module._forward(x, gelu))
+    assert torch.equal(dx[: rows * 2 * F].view(rows, 2 * F), module._backward(dy, x, gelu))
+
+
+@pytest.mark.parametrize("F", [1, 127, 1152, 2048, 2624, 3072, 16384])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_block_fills_its_lanes(F, itemsize):
+    tile = module.choice(F, itemsize)
+    assert tile.columns * tile.rows * itemsize == 2 * 16 * 32 * tile.warps
+    assert tile.columns * itemsize >= 128
+    if F % 64 == 0:
+        assert F % tile.columns == 0
+
+
+@needs_gpu
+@ops
+def test_a_cuda_graph_replays_the_same_bits(op, reference, activation):
+    x = torch.randn(64, 4096, device=DEVICE).bfloat16()
+    before = op(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = op(x)
+    graph.replay()
+    assert torch.equal(before, replayed)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs 20 GB of GPU memory")
+@ops
+def test_more_than_two_to_the_31_elements(op, reference, activation):
+    x = torch.randn(2**31 // 4096 + 3, 4096, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    y = op(x)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    last, ones = x.detach()[-2:], [torch.ones_like(y[-2:])]
+    rounded = outputs_and_gradients(reference, [last], ones)
+    exact = outputs_and_gradients(reference, [last.double()], ones)
+    for actual, r, e in zip((y, dx), rounded, exact, strict=True):
+        assert_within_budget(actual.detach()[-2:], r, e)
 
 
 @ops
