@@ -158,11 +158,15 @@ def _backward_kernel(
 
 @dataclass(frozen=True)
 class Choice:
-    """Tile of one kernel: BLOCK_A x BLOCK_B similarities, formed BLOCK_C channels at a time."""
+    """Tile of one kernel: ``a`` x ``b`` similarities, formed from ``c`` channels at a time.
+
+    In the backward an accumulator holds ``chunk`` columns of ``a`` gradients.
+    """
 
     a: int
     b: int
     c: int
+    chunk: int
     warps: int
     stages: int
 
@@ -171,8 +175,7 @@ class Choice:
 
 
 # All unmeasured; the ahead-of-time report shows that none spills.
-CHUNK = 128  # columns of a gradient in one accumulator; a program has up to this many:
-MOST_CHUNKS = 4
+MOST_CHUNKS = 2  # accumulators of a program in the backward, each `Choice.chunk` columns wide
 PROGRAMS_PER_SM = 2  # that the shares of the documents aim at
 
 
@@ -183,15 +186,14 @@ def choice(itemsize: int, backward: bool) -> Choice:
     gives the largest exp(0), and at a low temperature a gradient shows the difference.
     """
     if itemsize == 4:
-        return Choice(32, 32, 32, 4, 1)
-    return Choice(64, 64, 64, 8, 2) if backward else Choice(128, 128, 64, 8, 3)
+        return Choice(32, 32, 32, 32, 4, 1)
+    return Choice(64, 64, 64, 128, 8, 2) if backward else Choice(128, 128, 64, 128, 8, 3)
 
 
-def chunks(C: int, itemsize: int) -> int:
+def chunks(C: int, chunk: int) -> int:
     """Accumulators of a program: the columns in equal groups of at most `MOST_CHUNKS`."""
-    count = -(-C // CHUNK)
-    most = MOST_CHUNKS if itemsize == 2 else MOST_CHUNKS // 2
-    return -(-count // -(-count // most))
+    count = -(-C // chunk)
+    return -(-count // -(-count // MOST_CHUNKS))
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -248,10 +250,10 @@ def _launch_backward(
     (A, C), B = a.shape, len(b)
     da = a.new_empty((A, C))
     tile = choice(a.element_size(), backward=True)
-    count = chunks(C, a.element_size())
-    _backward_kernel[(triton.cdiv(A, tile.a), triton.cdiv(C, count * CHUNK))](
+    count = chunks(C, tile.chunk)
+    _backward_kernel[(triton.cdiv(A, tile.a), triton.cdiv(C, count * tile.chunk))](
         a, b, a_scale, b_scale, largest, total, upstream, da, A, B, len(queries), a.stride(0),
-        b.stride(0), temperature, **tile.constexprs(C), CHUNK=CHUNK, CHUNKS=count,
+        b.stride(0), temperature, **tile.constexprs(C), CHUNK=tile.chunk, CHUNKS=count,
         QUERIES=of_queries, WIDE=_runtime.INTERPRET, num_warps=tile.warps,
         num_stages=tile.stages, **_runtime.FP_FUSION,
     )  # fmt: skip
@@ -345,8 +347,8 @@ def _launches(sm: int) -> Iterator[_runtime.Launch]:
                 for queries in (True, False) if backward and C == 768 else (True,):
                     flags: dict[str, int] = {"WIDE": False}
                     if backward:
-                        count = chunks(C, dtype.itemsize)
-                        flags |= {"CHUNK": CHUNK, "CHUNKS": count, "QUERIES": queries}
+                        count = chunks(C, tile.chunk)
+                        flags |= {"CHUNK": tile.chunk, "CHUNKS": count, "QUERIES": queries}
                     signature = _runtime.signature(kernel, dtype, **types)
                     yield _runtime.Launch(
                         kernel=kernel,

@@ -100,16 +100,14 @@ def _sum_kernel(
         offset = token.to(tl.int64)[:, None] * x_stride + column[None, :]
         total += tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     sums = tl.sum(total, axis=0)
-    # Conditions go into the number of columns: the interpreter cannot join them with a mask.
-    kept = tl.where(start < end, C, 0)
-    if not KEEP:
-        # All of a document in one part; an empty one has its first part, too.
-        whole = tl.where((end - begin <= PART) & (start == begin), C, 0)
+    inside = column < C
+    # All of a document in one part; an empty one has its first part, too.
+    if (start == begin) & (end - begin <= PART) & (not KEEP):
         mean = sums / tl.maximum(end - begin, 1).to(tl.float32)
         offset = document.to(tl.int64) * C + column
-        tl.store(y_ptr + offset, mean.to(y_ptr.dtype.element_ty), mask=column < whole)
-        kept = tl.where(end - begin > PART, kept, 0)
-    tl.store(partial_ptr + number.to(tl.int64) * C + column, sums, mask=column < kept)
+        tl.store(y_ptr + offset, mean.to(y_ptr.dtype.element_ty), mask=inside)
+    elif start < end:
+        tl.store(partial_ptr + number.to(tl.int64) * C + column, sums, mask=inside)
 
 
 @triton.jit
@@ -127,18 +125,21 @@ def _pooled(
             total += tl.load(source_ptr + offset, mask=mask, other=0.0)
         pooled = tl.sum(total, axis=0) / tl.maximum(length, 1).to(tl.float32)
     else:
-        columns = tl.where(length > 0, C, 0)
-        offset = first.to(tl.int64) * stride + column
-        pooled = tl.load(source_ptr + offset, mask=column < columns, other=0.0).to(tl.float32)
+        pooled = tl.zeros((CHUNK,), tl.float32)
+        if length > 0:
+            offset = first.to(tl.int64) * stride + column
+            pooled = tl.load(source_ptr + offset, mask=column < C, other=0.0).to(tl.float32)
     return pooled
 
 
 @triton.jit
 def _finish_kernel(
     source_ptr, cu_seqlens_ptr, y_ptr, norm_ptr, stride, C: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, PART: tl.constexpr, MEAN: tl.constexpr, NORMALIZE: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, PART: tl.constexpr, MEAN: tl.constexpr,
+    NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """One program per document, and per chunk of columns unless a norm needs them all."""
+    """One program per document, and per ``SPAN`` chunks of columns unless a norm needs them all."""
+    CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
     document = tl.program_id(0)
     begin = tl.load(cu_seqlens_ptr + document)
     length = tl.load(cu_seqlens_ptr + document + 1) - begin
@@ -148,6 +149,7 @@ def _finish_kernel(
         first = begin // PART + document
         count = tl.cdiv(length, PART)
     out_ptr = y_ptr + document.to(tl.int64) * C
+    norm = 1.0
     if NORMALIZE:
         squares = tl.zeros((CHUNK,), tl.float32)
         for start in range(0, C, CHUNK):
@@ -156,18 +158,16 @@ def _finish_kernel(
             squares += m * m
         norm = tl.sqrt(tl.sum(squares, axis=0))
         tl.store(norm_ptr + document, norm)
-        for start in range(0, C, CHUNK):
-            column = start + tl.arange(0, CHUNK)
-            m = _pooled(source_ptr, first, count, length, column, stride, C, CHUNK, ROWS, MEAN)
-            y = m / tl.maximum(norm, 1e-12)
-            tl.store(out_ptr + column, y.to(y_ptr.dtype.element_ty), mask=column < C)
-    else:
-        column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-        columns = C
-        if MEAN:  # that of a document of one part is written already
-            columns = tl.where(count > 1, C, 0)
-        m = _pooled(source_ptr, first, count, length, column, stride, C, CHUNK, ROWS, MEAN)
-        tl.store(out_ptr + column, m.to(y_ptr.dtype.element_ty), mask=column < columns)
+        norm = tl.maximum(norm, 1e-12)
+    # Without a norm, the mean of a document of one part is written already.
+    if NORMALIZE or not MEAN or count > 1:
+        for group in range(tl.program_id(1) * SPAN, CHUNKS, tl.num_programs(1) * SPAN):
+            for j in tl.static_range(SPAN):
+                column = (group + j) * CHUNK + tl.arange(0, CHUNK)
+                y = _pooled(source_ptr, first, count, length, column, stride, C, CHUNK, ROWS, MEAN)
+                if NORMALIZE:
+                    y = y / norm
+                tl.store(out_ptr + column, y.to(y_ptr.dtype.element_ty), mask=column < C)
 
 
 @triton.jit
@@ -197,7 +197,7 @@ def _project_kernel(
 @triton.jit(do_not_specialize=["T", "B", "steps"])
 def _backward_kernel(
     dm_ptr, cu_seqlens_ptr, dx_ptr, T, B, steps, dm_stride, C: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, MEAN: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """Every token looks up its document; every element of dx is written once."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -205,22 +205,24 @@ def _backward_kernel(
     real = (token < T) & (document < B)
     begin = tl.load(cu_seqlens_ptr + document, mask=real, other=0)
     length = tl.load(cu_seqlens_ptr + document + 1, mask=real, other=1) - begin
-    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     wanted = real if MEAN else real & (token == begin)
-    mask = wanted[:, None] & (column < C)[None, :]
-    offset = document.to(tl.int64)[:, None] * dm_stride + column[None, :]
-    dx = tl.load(dm_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    if MEAN:
-        dx = dx / length.to(tl.float32)[:, None]
-    mask = (token < T)[:, None] & (column < C)[None, :]
-    offset = token.to(tl.int64)[:, None] * C + column[None, :]
-    tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    for j in tl.static_range(SPAN):
+        column = (tl.program_id(1) * SPAN + j) * CHUNK + tl.arange(0, CHUNK)
+        mask = wanted[:, None] & (column < C)[None, :]
+        offset = document.to(tl.int64)[:, None] * dm_stride + column[None, :]
+        dx = tl.load(dm_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        if MEAN:
+            dx = dx / length.to(tl.float32)[:, None]
+        mask = (token < T)[:, None] & (column < C)[None, :]
+        offset = token.to(tl.int64)[:, None] * C + column[None, :]
+        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 # All unmeasured.
 PART = 128  # tokens of a document that one program adds; at width 768 in bfloat16, 64 KB a chunk
-ROWS = 16  # that a program of four warps handles at a time: four 16-byte loads in flight a lane
-WARPS = 4
+ROWS = 8  # that a program handles at a time: eight 16-byte loads in flight a lane when it adds
+SPAN = 8  # most chunks of columns whose code is unrolled
+WARPS = 4  # of the backward; sums take one warp, whose lanes own their columns
 
 
 def tile(itemsize: int) -> dict[str, int]:
@@ -228,8 +230,8 @@ def tile(itemsize: int) -> dict[str, int]:
     return {"CHUNK": 512 // itemsize, "ROWS": ROWS}
 
 
-def _grid(count: int, C: int, itemsize: int) -> tuple[int, int]:
-    return count, triton.cdiv(C, 512 // itemsize)
+def _chunks(C: int, itemsize: int) -> int:
+    return -(-C * itemsize // 512)
 
 
 def _steps(choices: int) -> int:
@@ -251,16 +253,19 @@ def _launch(x: Tensor, cu_seqlens: Tensor, mean: bool, normalize: bool) -> tuple
     x, cu_seqlens = _unit_stride(x), cu_seqlens.contiguous()
     moves, size = tile(x.element_size()), x.element_size()
     source, stride = x, x.stride(0)
+    chunks = _chunks(C, size)
     if mean:
         numbers = T // PART + B
         source, stride = x.new_empty((numbers, C), dtype=torch.float32), C
-        _sum_kernel[_grid(numbers, C, size)](
+        _sum_kernel[(numbers, chunks)](
             x, cu_seqlens, source, y, B, _steps(B), x.stride(0), C, PART=PART, KEEP=normalize,
-            **moves, num_warps=WARPS, **_runtime.FP_FUSION,
+            **moves, num_warps=1, **_runtime.FP_FUSION,
         )  # fmt: skip
-    _finish_kernel[(B, 1) if normalize else _grid(B, C, size)](
-        source, cu_seqlens, y, norm, stride, C, PART=PART, MEAN=mean, NORMALIZE=normalize,
-        **moves, num_warps=WARPS, **_runtime.FP_FUSION,
+    # Long documents have many parts to add: their columns are spread over programs.
+    span = 1 if mean and not normalize else min(chunks, SPAN)
+    _finish_kernel[(B, 1 if normalize else triton.cdiv(chunks, span))](
+        source, cu_seqlens, y, norm, stride, C, SPAN=span, PART=PART, MEAN=mean,
+        NORMALIZE=normalize, **moves, num_warps=1, **_runtime.FP_FUSION,
     )  # fmt: skip
     return outputs
 
@@ -286,8 +291,9 @@ def _launch_backward(
             _unit_stride(dy), y, norm, dm, _unit_stride(dy).stride(0), C, moves["CHUNK"],
             num_warps=1, **_runtime.FP_FUSION,
         )  # fmt: skip
-    _backward_kernel[_grid(triton.cdiv(T, ROWS), C, size)](
-        dm, cu_seqlens, dx, T, B, _steps(B + 1), dm.stride(0), C, MEAN=mean,
+    span = min(_chunks(C, size), SPAN)
+    _backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(_chunks(C, size), span))](
+        dm, cu_seqlens, dx, T, B, _steps(B + 1), dm.stride(0), C, SPAN=span, MEAN=mean,
         **moves, num_warps=WARPS, **_runtime.FP_FUSION,
     )  # fmt: skip
     return dx
@@ -370,11 +376,12 @@ def _launches(mean: bool) -> Iterator[_runtime.Launch]:
     what = "mean" if mean else "first"
 
     def launch(
-        kernel: Any, name: str, case: str, dtype: torch.dtype, warps: int = WARPS,
+        kernel: Any, name: str, case: str, dtype: torch.dtype, warps: int = 1,
         types: dict[str, str] | None = None, **flags: int,
     ) -> _runtime.Launch:  # fmt: skip
         signature = _runtime.signature(kernel, dtype, **floats | (types or {}))
-        constexprs = {"C": 768, **tile(dtype.itemsize), "PART": PART, **flags}
+        span = min(_chunks(768, dtype.itemsize), SPAN)
+        constexprs = {"C": 768, **tile(dtype.itemsize), "SPAN": span, "PART": PART, **flags}
         names = [p.name for p in kernel.params if p.is_constexpr]
         return _runtime.Launch(
             kernel, f"{what}_pool_{name}", f"C=768 {_runtime.TRITON_TYPES[dtype]}{case}", signature,
@@ -388,12 +395,13 @@ def _launches(mean: bool) -> Iterator[_runtime.Launch]:
             if mean:
                 yield launch(_sum_kernel, "sum", case, dtype, KEEP=normalize)
             wide = {"source_ptr": "*fp32"} if mean else {}
-            flags = {"MEAN": mean, "NORMALIZE": normalize}
+            flags: dict[str, int] = {"MEAN": mean, "NORMALIZE": normalize}
+            flags |= {"SPAN": 1} if mean and not normalize else {}
             yield launch(_finish_kernel, "finish", case, dtype, types=wide, **flags)
             wide = {"dm_ptr": "*fp32"} if normalize else {}
-            yield launch(_backward_kernel, "backward", case, dtype, types=wide, MEAN=mean)
+            yield launch(_backward_kernel, "backward", case, dtype, WARPS, types=wide, MEAN=mean)
         wide = {"dm_ptr": "*fp32"}
-        yield launch(_project_kernel, "project", "", dtype, warps=1, types=wide)
+        yield launch(_project_kernel, "project", "", dtype, types=wide)
 
 
 def _mean_pool_launches(sm: int) -> Iterator[_runtime.Launch]:

@@ -15,7 +15,7 @@ from neobert_kernels._triton import tl, triton
 @triton.jit(do_not_specialize=["T", "R", "ignore_index"])
 def _gather_kernel(
     x_ptr, labels_ptr, rows_ptr, out_ptr, targets_ptr, T, R, V, ignore_index, x_stride,
-    C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Labelled rows of x end to end, and their labels: -1 for ignored rows (zeros), -2 if wrong."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -23,12 +23,13 @@ def _gather_kernel(
     inside = (row >= 0) & (row < T)
     label = tl.load(labels_ptr + row, mask=inside, other=0)
     counted = inside & (label != ignore_index)
-    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    mask = counted[:, None] & (column < C)[None, :]
-    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
-    mask = (i < R)[:, None] & (column < C)[None, :]
-    offset = i.to(tl.int64)[:, None] * C + column[None, :]
-    tl.store(out_ptr + offset, x.to(out_ptr.dtype.element_ty), mask=mask)
+    for j in tl.static_range(SPAN):
+        column = (tl.program_id(1) * SPAN + j) * CHUNK + tl.arange(0, CHUNK)
+        mask = counted[:, None] & (column < C)[None, :]
+        x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
+        mask = (i < R)[:, None] & (column < C)[None, :]
+        offset = i.to(tl.int64)[:, None] * C + column[None, :]
+        tl.store(out_ptr + offset, x.to(out_ptr.dtype.element_ty), mask=mask)
     if tl.program_id(1) == 0:
         target = tl.where((label >= 0) & (label < V), label, -2)
         target = tl.where(counted, target, -1).to(tl.int32)
@@ -104,7 +105,7 @@ def _column_sum_kernel(
 @triton.jit(do_not_specialize=["N", "T"])
 def _scale_kernel(
     in_ptr, scale_ptr, rows_ptr, out_ptr, N, T, C: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    SPAN: tl.constexpr, ROWS: tl.constexpr, HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
     """``out[rows[i]] = scale * in[i]``, the only rounding of a gradient; rows may be all rows."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -113,12 +114,14 @@ def _scale_kernel(
     if HAS_ROWS:
         place = tl.load(rows_ptr + i, mask=mask, other=-1)
         mask = (place >= 0) & (place < T)
-    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    mask = mask[:, None] & (column < C)[None, :]
-    offset = i.to(tl.int64)[:, None] * C + column[None, :]
-    value = tl.load(in_ptr + offset, mask=mask, other=0.0) * tl.load(scale_ptr)
-    offset = place[:, None] * C + column[None, :]
-    tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
+    scale = tl.load(scale_ptr)
+    for j in tl.static_range(SPAN):
+        column = (tl.program_id(1) * SPAN + j) * CHUNK + tl.arange(0, CHUNK)
+        here = mask[:, None] & (column < C)[None, :]
+        offset = i.to(tl.int64)[:, None] * C + column[None, :]
+        value = tl.load(in_ptr + offset, mask=here, other=0.0) * scale
+        offset = place[:, None] * C + column[None, :]
+        tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=here)
 
 
 # All unmeasured.
@@ -126,7 +129,7 @@ STEP_BYTES = 32 << 20  # float32 logits: what stays in a 50 MB L2 beside the wei
 CHUNK_BYTES = 72 << 20  # dlogits: with these a 16k-token batch needs less than Liger's buffers
 STEP_ROWS, CHUNK_ROWS = 128, 512  # the least of each; steps are multiples of the first
 SOFTMAX = {"BLOCK": 4096, "num_warps": 8}
-COLUMN_SUM = {"COLUMNS": 256, "ROWS": 32, "num_warps": 4}
+COLUMN_SUM = {"COLUMNS": 256, "ROWS": 32, "num_warps": 2}
 
 
 @dataclass(frozen=True)
@@ -149,9 +152,14 @@ def _equal_parts(rows: int, most: int) -> int:
     return rows if parts <= 1 else -(-each // STEP_ROWS) * STEP_ROWS
 
 
-def tile(itemsize: int) -> dict[str, int]:
-    """A warp moves 512 bytes of one row; a program has 16 rows. Unmeasured."""
-    return {"CHUNK": 512 // itemsize, "ROWS": 16}
+def tile(C: int, itemsize: int) -> dict[str, int]:
+    """A warp moves 512 neighbouring bytes of a row, up to 8 times; a program has 8 rows."""
+    chunk = 512 // itemsize
+    return {"CHUNK": chunk, "SPAN": min(-(-C // chunk), 8), "ROWS": 8}
+
+
+def _grid(rows: int, C: int, moves: dict[str, int]) -> tuple[int, int]:
+    return triton.cdiv(rows, moves["ROWS"]), triton.cdiv(C, moves["CHUNK"] * moves["SPAN"])
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -187,9 +195,8 @@ def launch(
         x = x.contiguous()
     gathered = x.new_empty((R, C), dtype=dtype)
     targets = x.new_empty(R, dtype=torch.int32)
-    moves = tile(dtype.itemsize)
-    grid = (triton.cdiv(R, moves["ROWS"]), triton.cdiv(C, moves["CHUNK"]))
-    _gather_kernel[grid](
+    moves = tile(C, dtype.itemsize)
+    _gather_kernel[_grid(R, C, moves)](
         x, labels.contiguous(), rows, gathered, targets, T, R, V, ignore_index, x.stride(0), C,
         **moves, num_warps=4, **_runtime.FP_FUSION,
     )  # fmt: skip
@@ -260,9 +267,8 @@ def launch_scale(
     out = gradient.new_zeros((T, C), dtype=dtype) if rows is not None else None
     out = gradient.new_empty((T, C), dtype=dtype) if out is None else out
     if N and C:
-        moves = tile(dtype.itemsize)
-        grid = (triton.cdiv(N, moves["ROWS"]), triton.cdiv(C, moves["CHUNK"]))
-        _scale_kernel[grid](
+        moves = tile(C, dtype.itemsize)
+        _scale_kernel[_grid(N, C, moves)](
             gradient, scale, scale if rows is None else rows.contiguous(), out, N, T, C,
             HAS_ROWS=rows is not None, **moves, num_warps=4, **_runtime.FP_FUSION,
         )  # fmt: skip
@@ -281,19 +287,25 @@ def launches(sm: int) -> Iterator[_runtime.Launch]:
     types = int64s | dict.fromkeys((*floats, "scale_ptr"), "*fp32") | {"correct_ptr": "*i1"}
 
     def one(
-        kernel: Any, name: str, case: str, dtype: torch.dtype, warps: int, constexprs: Any
+        kernel: Any,
+        name: str,
+        case: str,
+        dtype: torch.dtype,
+        warps: int,
+        constexprs: dict[str, Any],
     ) -> _runtime.Launch:
         signature = _runtime.signature(kernel, dtype, **types)
         aligned = (n for n in signature if n.endswith(("_ptr", "_stride")) or n == "width")
         return _runtime.Launch(
             kernel, name, f"{case} {_runtime.TRITON_TYPES[dtype]}", signature, constexprs, warps,
             aligned=tuple(aligned),
+            # The loss alone stores two scalars a row, never 16 bytes.
+            memory_bound=constexprs.get("GRADIENT", True),
         )  # fmt: skip
 
     for dtype in _check.DTYPES:
-        moves = tile(dtype.itemsize)
         for C in (768, 1024) if dtype == torch.bfloat16 else (768,):
-            sizes = {"C": C, **moves}
+            sizes = {"C": C, **tile(C, dtype.itemsize)}
             yield one(_gather_kernel, "gather_rows", f"C={C}", dtype, 4, sizes)
             for on in (False, True):
                 case = f"C={C} {'rows' if on else 'weight'}"
