@@ -48,46 +48,56 @@ def _finished(pooled: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _document(value, cu_seqlens_ptr, B, steps, PART: tl.constexpr):
-    """The last document b whose key ``cu_seqlens[b] // PART + b`` is at most ``value``.
+def _document_of_part(number, cu_seqlens_ptr, B, PART: tl.constexpr):
+    """The last document b whose key ``cu_seqlens[b] // PART + b`` is at most ``number``.
 
     Keys of neighbours differ by at least the parts of the first, so part p of document b can own
     number ``key(b) + p`` below ``T // PART + B``: no prefix sum, no synchronization.
     """
-    low = value * 0
+    low = number * 0
     high = low + B
-    for _ in range(steps):
+    while high - low > 1:
         middle = (low + high) // 2
-        inside = middle < B  # B itself, once low has nowhere to go
-        key = tl.load(cu_seqlens_ptr + middle, mask=inside, other=0) // PART + middle
-        below = inside & (key <= value)
+        below = tl.load(cu_seqlens_ptr + middle) // PART + middle <= number
         low = tl.where(below, middle, low)
         high = tl.where(below, high, middle)
     return low
 
 
 @triton.jit
-def _document_of_token(token, cu_seqlens_ptr, B, steps):
-    """The last document that starts at or before each token, empty ones apart; B past the end."""
-    low = token * 0
+def _document_of_token(token, first, cu_seqlens_ptr, B):
+    """The document of neighbouring tokens from ``first``; B past the end of the last one."""
+    low = first * 0
     high = low + B + 1
-    for _ in range(steps):
+    while high - low > 1:
         middle = (low + high) // 2
-        below = tl.load(cu_seqlens_ptr + middle, mask=middle <= B, other=2147483647) <= token
+        below = tl.load(cu_seqlens_ptr + middle) <= first
         low = tl.where(below, middle, low)
         high = tl.where(below, high, middle)
-    return low
+    document = token * 0 + low
+    # The others are in the same document or in one of the next: as many steps as documents end.
+    ended = _ended(token, document, cu_seqlens_ptr, B)
+    while tl.max(ended, axis=0) > 0:
+        document += ended
+        ended = _ended(token, document, cu_seqlens_ptr, B)
+    return document
 
 
-@triton.jit(do_not_specialize=["B", "steps"])
+@triton.jit
+def _ended(token, document, cu_seqlens_ptr, B):
+    end = tl.load(cu_seqlens_ptr + document + 1, mask=document < B, other=2147483647)
+    return (end <= token).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["B"])
 def _sum_kernel(
-    x_ptr, cu_seqlens_ptr, partial_ptr, y_ptr, B, steps, x_stride,
+    x_ptr, cu_seqlens_ptr, partial_ptr, y_ptr, B, x_stride,
     C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
     """The float32 sum of one part of a document; its mean, if that is all of the document."""
     number = tl.program_id(0)
-    document = _document(number, cu_seqlens_ptr, B, steps, PART)
+    document = _document_of_part(number, cu_seqlens_ptr, B, PART)
     begin = tl.load(cu_seqlens_ptr + document)
     end = tl.load(cu_seqlens_ptr + document + 1)
     start = begin + (number - begin // PART - document) * PART
@@ -194,14 +204,15 @@ def _project_kernel(
         tl.store(dm_ptr + document * C + column, dm, mask=column < C)
 
 
-@triton.jit(do_not_specialize=["T", "B", "steps"])
+@triton.jit(do_not_specialize=["T", "B"])
 def _backward_kernel(
-    dm_ptr, cu_seqlens_ptr, dx_ptr, T, B, steps, dm_stride, C: tl.constexpr, CHUNK: tl.constexpr,
+    dm_ptr, cu_seqlens_ptr, dx_ptr, T, B, dm_stride, C: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """Every token looks up its document; every element of dx is written once."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    document = _document_of_token(token, cu_seqlens_ptr, B, steps)
+    first = tl.program_id(0) * ROWS
+    document = _document_of_token(tl.minimum(token, T - 1), first, cu_seqlens_ptr, B)
     real = (token < T) & (document < B)
     begin = tl.load(cu_seqlens_ptr + document, mask=real, other=0)
     length = tl.load(cu_seqlens_ptr + document + 1, mask=real, other=1) - begin
@@ -234,11 +245,6 @@ def _chunks(C: int, itemsize: int) -> int:
     return -(-C * itemsize // 512)
 
 
-def _steps(choices: int) -> int:
-    """Halvings until one of ``choices`` is left."""
-    return max(choices - 1, 0).bit_length()
-
-
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -258,7 +264,7 @@ def _launch(x: Tensor, cu_seqlens: Tensor, mean: bool, normalize: bool) -> tuple
         numbers = T // PART + B
         source, stride = x.new_empty((numbers, C), dtype=torch.float32), C
         _sum_kernel[(numbers, chunks)](
-            x, cu_seqlens, source, y, B, _steps(B), x.stride(0), C, PART=PART, KEEP=normalize,
+            x, cu_seqlens, source, y, B, x.stride(0), C, PART=PART, KEEP=normalize,
             **moves, num_warps=1, **_runtime.FP_FUSION,
         )  # fmt: skip
     # Long documents have many parts to add: their columns are spread over programs.
@@ -293,7 +299,7 @@ def _launch_backward(
         )  # fmt: skip
     span = min(_chunks(C, size), SPAN)
     _backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(_chunks(C, size), span))](
-        dm, cu_seqlens, dx, T, B, _steps(B + 1), dm.stride(0), C, SPAN=span, MEAN=mean,
+        dm, cu_seqlens, dx, T, B, dm.stride(0), C, SPAN=span, MEAN=mean,
         **moves, num_warps=WARPS, **_runtime.FP_FUSION,
     )  # fmt: skip
     return dx
