@@ -12,8 +12,10 @@ Rounding: inputs of 16 bits are multiplied as they are and summed in float32, an
 divide afterwards, so similarities are as exact as those of float32 inputs, whose products are
 IEEE float32. Lengths are float64 until ``1 / |d|`` and ``1 / (|q| temperature)`` are rounded: at a
 temperature of 0.01 their errors would reach the gradient a hundredfold. In the backward, ``w N``
-and the unit vectors are rounded to the inputs' dtype before they are multiplied; sums are float32
-and a gradient is rounded once more. No atomics.
+over the other vector's length is rounded to the inputs' dtype before it multiplies that vector as
+it is, and what is taken out along the own vector is summed from the same rounded numbers: the
+gradient stays exact where its parts nearly cancel, as in a trained encoder. float16 weights are
+scaled to fill their range. Sums are float32, and a gradient is rounded once more. No atomics.
 
 Source: van den Oord et al. 2018, arXiv:1807.03748, equation 4.
 """
@@ -51,61 +53,59 @@ def _load_tile(ptr, row, rows, stride, column, C: tl.constexpr, WIDE: tl.constex
 
 
 @triton.jit
-def _similarities(
-    a_ptr, b_ptr, a_row, b_row, A, B, a_stride, b_stride, a_scale, b_scale, C: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, QUERIES: tl.constexpr,
-    WIDE: tl.constexpr,
+def _products(
+    a_ptr, b_ptr, a_row, b_row, A, B, a_stride, b_stride, C: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``s``: products of the vectors, then the inverse lengths and temperature."""
+    """A tile of inner products of rows of a and rows of b."""
     products = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     for start in range(0, C, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)
         a = _load_tile(a_ptr, a_row, A, a_stride, column, C, WIDE)
         b = _load_tile(b_ptr, b_row, B, b_stride, column, C, WIDE)
         products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
-    if QUERIES:  # their scale comes first in both directions, for the same bits
-        return products * a_scale[:, None] * b_scale[None, :]
-    return products * b_scale[None, :] * a_scale[:, None]
+    return products
 
 
 @triton.jit(do_not_specialize=["N", "M", "share"])
 def _forward_kernel(
-    q_ptr, d_ptr, q_scale_ptr, d_scale_ptr, largest_ptr, total_ptr, own_ptr, N, M, share,
+    q_ptr, d_ptr, q_scale_ptr, d_scale_ptr, largest_ptr, others_ptr, own_ptr, N, M, share,
     q_stride, d_stride, C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Softmax statistics of a block of queries over ``share`` of the documents."""
+    """Softmax statistics of a block of queries over ``share`` of the documents, the own apart."""
     row = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     q_scale = tl.load(q_scale_ptr + row, mask=row < N, other=0.0)
     largest = tl.full((BLOCK_A,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_A,), tl.float32)
+    others = tl.zeros((BLOCK_A,), tl.float32)
     first = tl.program_id(1) * share
     for start in range(first, tl.minimum(first + share, M), BLOCK_B):
         column = start + tl.arange(0, BLOCK_B)
         d_scale = tl.load(d_scale_ptr + column, mask=column < M, other=0.0)
-        s = _similarities(
-            q_ptr, d_ptr, row, column, N, M, q_stride, d_stride, q_scale, d_scale,
-            C, BLOCK_A, BLOCK_B, BLOCK_C, True, WIDE,
-        )  # fmt: skip
+        s = _products(
+            q_ptr, d_ptr, row, column, N, M, q_stride, d_stride, C, BLOCK_A, BLOCK_B, BLOCK_C, WIDE
+        )
+        s = s * q_scale[:, None] * d_scale[None, :]
         s = tl.where((column < M)[None, :], s, float("-inf"))
         larger = tl.maximum(largest, tl.max(s, axis=1))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(s - larger[:, None]), axis=1)
-        largest = larger
         mine = row[:, None] == column[None, :]
+        added = tl.where(mine, 0.0, tl.exp(s - larger[:, None]))
+        others = others * tl.exp(largest - larger) + tl.sum(added, axis=1)
+        largest = larger
         own = tl.sum(tl.where(mine, s, 0.0), axis=1)
         held = (row >= start) & (row < start + BLOCK_B) & (row < N)
         tl.store(own_ptr + row, own, mask=held)
     offset = tl.program_id(1).to(tl.int64) * N + row
     tl.store(largest_ptr + offset, largest, mask=row < N)
-    tl.store(total_ptr + offset, total, mask=row < N)
+    tl.store(others_ptr + offset, others, mask=row < N)
 
 
 @triton.jit(do_not_specialize=["A", "B", "N"])
 def _backward_kernel(
-    a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, largest_ptr, total_ptr, upstream_ptr, da_ptr, A, B, N,
-    a_stride, b_stride, temperature, C: tl.constexpr, BLOCK_A: tl.constexpr,
+    a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, largest_ptr, total_ptr, others_ptr, upstream_ptr,
+    da_ptr, A, B, N, a_stride, b_stride, temperature, C: tl.constexpr, BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    QUERIES: tl.constexpr, WIDE: tl.constexpr,
+    QUERIES: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """``CHUNKS * CHUNK`` columns of the gradients of a block of a; a holds queries or documents."""
     row = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -116,6 +116,7 @@ def _backward_kernel(
     if QUERIES:
         largest = tl.load(largest_ptr + row, mask=row < N, other=0.0)[:, None]
         inverse = 1.0 / tl.load(total_ptr + row, mask=row < N, other=1.0)[:, None]
+        others = tl.load(others_ptr + row, mask=row < N, other=0.0)[:, None]
     along = tl.zeros((BLOCK_A,), tl.float32)
     sums = ()
     for _ in tl.static_range(CHUNKS):
@@ -123,36 +124,51 @@ def _backward_kernel(
     for start in range(0, B, BLOCK_B):
         other = start + tl.arange(0, BLOCK_B)
         b_scale = tl.load(b_scale_ptr + other, mask=other < B, other=0.0)
-        s = _similarities(
-            a_ptr, b_ptr, row, other, A, B, a_stride, b_stride, a_scale, b_scale,
-            C, BLOCK_A, BLOCK_B, BLOCK_C, QUERIES, WIDE,
-        )  # fmt: skip
+        products = _products(
+            a_ptr, b_ptr, row, other, A, B, a_stride, b_stride, C, BLOCK_A, BLOCK_B, BLOCK_C, WIDE
+        )
+        # The scale of the queries comes first, as in the forward, for the same bits.
+        if QUERIES:
+            s = products * a_scale[:, None] * b_scale[None, :]
+            weight = b_scale
+        else:
+            s = products * b_scale[None, :] * a_scale[:, None]
+            weight = b_scale * temperature
         if not QUERIES:
             largest = tl.load(largest_ptr + other, mask=other < N, other=0.0)[None, :]
             inverse = 1.0 / tl.load(total_ptr + other, mask=other < N, other=1.0)[None, :]
-        w = tl.exp(s - largest) * inverse
-        w -= tl.where(row[:, None] == other[None, :], 1.0, 0.0)
+            others = tl.load(others_ptr + other, mask=other < N, other=0.0)[None, :]
+        # The own weight, p - 1, from the sum of the others: p may be 1 but for its last bits.
+        mine = row[:, None] == other[None, :]
+        w = tl.where(mine, -others, tl.exp(s - largest)) * inverse
         w = tl.where((row < A)[:, None] & (other < B)[None, :], w, 0.0)
-        along += tl.sum(w * s, axis=1)
-        b_inverse_length = b_scale if QUERIES else b_scale * temperature
+        unscale = 1.0
+        if SCALED:
+            # Zero vectors must not make the others small; they add nothing.
+            weight = tl.where(weight < 1e11, weight, 0.0)
+            unscale = tl.maximum(tl.max(weight, axis=0), 1e-30) / 32768
+            weight = weight / unscale
+        w = (w * weight[None, :]).to(b_ptr.dtype.element_ty)
+        along += tl.sum(w.to(tl.float32) * products, axis=1) * unscale
         added = ()
         for j in tl.static_range(CHUNKS):
             column = base + j * CHUNK + tl.arange(0, CHUNK)
             b = _load_tile(b_ptr, other, B, b_stride, column, C, WIDE)
-            unit = (b.to(tl.float32) * b_inverse_length[:, None]).to(b.dtype)
-            added = added + (  # noqa: RUF005
-                tl.dot(w.to(b.dtype), unit, sums[j], input_precision="ieee"),
-            )
+            if SCALED:
+                total = sums[j] + tl.dot(w.to(b.dtype), b, input_precision="ieee") * unscale
+            else:
+                total = tl.dot(w.to(b.dtype), b, sums[j], input_precision="ieee")
+            added = added + (total,)  # noqa: RUF005
         sums = added
     # Shorter vectors were divided by a constant, so nothing is taken out along them.
-    along = tl.where(a_inverse_length < 0.999e12, along * temperature, 0.0)[:, None]
+    along = tl.where(a_inverse_length < 0.999e12, along * a_inverse_length * a_inverse_length, 0.0)
     factor = (tl.load(upstream_ptr) / (temperature * N) * a_inverse_length)[:, None]
     for j in tl.static_range(CHUNKS):
         column = base + j * CHUNK + tl.arange(0, CHUNK)
-        unit = _load_tile(a_ptr, row, A, a_stride, column, C, True) * a_inverse_length[:, None]
+        a = _load_tile(a_ptr, row, A, a_stride, column, C, True)
         mask = (row < A)[:, None] & (column < C)[None, :]
         offset = row.to(tl.int64)[:, None] * C + column[None, :]
-        da = (sums[j] - unit * along) * factor
+        da = (sums[j] - a * along[:, None]) * factor
         tl.store(da_ptr + offset, da.to(da_ptr.dtype.element_ty), mask=mask)
 
 
@@ -186,7 +202,7 @@ def choice(itemsize: int, backward: bool) -> Choice:
     gives the largest exp(0), and at a low temperature a gradient shows the difference.
     """
     if itemsize == 4:
-        return Choice(32, 32, 32, 32, 4, 1)
+        return Choice(32, 32, 16, 32, 4, 1)
     return Choice(64, 64, 32, 128, 8, 2) if backward else Choice(128, 128, 64, 128, 8, 3)
 
 
@@ -207,10 +223,10 @@ def _scale(x: Tensor, temperature: float) -> Tensor:
 
 def _launch_forward(
     queries: Tensor, documents: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, d = _unit_stride(queries), _unit_stride(documents)
     (N, C), M = q.shape, len(d)
-    _, largest, total, q_scale, d_scale = _fake_forward(q, d, temperature)
+    _, largest, total, others, *_ = _fake_forward(q, d, temperature)
     q_scale, d_scale = _scale(q, temperature), _scale(d, 1.0)
     tile = choice(q.element_size(), backward=False)
     blocks = triton.cdiv(N, tile.a)
@@ -218,30 +234,31 @@ def _launch_forward(
     share = triton.cdiv(triton.cdiv(M, tile.b), wanted) * tile.b
     shares = triton.cdiv(M, share)
     own = torch.empty_like(largest)
-    larges, totals = q.new_empty((2, shares, N), dtype=torch.float32)
+    larges, shared = q.new_empty((2, shares, N), dtype=torch.float32)
     _forward_kernel[(blocks, shares)](
-        q, d, q_scale, d_scale, larges, totals, own, N, M, share, q.stride(0), d.stride(0),
+        q, d, q_scale, d_scale, larges, shared, own, N, M, share, q.stride(0), d.stride(0),
         **tile.constexprs(C), WIDE=_runtime.INTERPRET,
         num_warps=tile.warps, num_stages=tile.stages, **_runtime.FP_FUSION,
     )  # fmt: skip
     torch.amax(larges, dim=0, out=largest)
-    torch.sum(totals * (larges - largest).exp_(), dim=0, out=total)
+    torch.sum(shared * (larges - largest).exp_(), dim=0, out=others)
+    torch.add(others, (own - largest).exp_(), out=total)
     # Not log(total) + largest: a small loss would drown in the rounding of a large similarity.
     loss = ((largest - own) + total.log()).mean()
-    return loss, largest, total, q_scale, d_scale
+    return loss, largest, total, others, q_scale, d_scale
 
 
 def _fake_forward(
     queries: Tensor, documents: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, M = queries.shape[0], documents.shape[0]
-    loss, *vectors = (queries.new_empty(size, dtype=torch.float32) for size in ((), N, N, N, M))
-    return loss, vectors[0], vectors[1], vectors[2], vectors[3]
+    loss, *vectors = (queries.new_empty(size, dtype=torch.float32) for size in ((), N, N, N, N, M))
+    return loss, vectors[0], vectors[1], vectors[2], vectors[3], vectors[4]
 
 
 def _launch_backward(
     upstream: Tensor, queries: Tensor, documents: Tensor, largest: Tensor, total: Tensor,
-    q_scale: Tensor, d_scale: Tensor, temperature: float, of_queries: bool,
+    others: Tensor, q_scale: Tensor, d_scale: Tensor, temperature: float, of_queries: bool,
 ) -> Tensor:  # fmt: skip
     a, b = _unit_stride(queries), _unit_stride(documents)
     a_scale, b_scale = q_scale, d_scale
@@ -252,17 +269,17 @@ def _launch_backward(
     tile = choice(a.element_size(), backward=True)
     count = chunks(C, tile.chunk)
     _backward_kernel[(triton.cdiv(A, tile.a), triton.cdiv(C, count * tile.chunk))](
-        a, b, a_scale, b_scale, largest, total, upstream, da, A, B, len(queries), a.stride(0),
-        b.stride(0), temperature, **tile.constexprs(C), CHUNK=tile.chunk, CHUNKS=count,
-        QUERIES=of_queries, WIDE=_runtime.INTERPRET, num_warps=tile.warps,
-        num_stages=tile.stages, **_runtime.FP_FUSION,
+        a, b, a_scale, b_scale, largest, total, others, upstream, da, A, B, len(queries),
+        a.stride(0), b.stride(0), temperature, **tile.constexprs(C), CHUNK=tile.chunk, CHUNKS=count,
+        QUERIES=of_queries, SCALED=a.dtype == torch.float16, WIDE=_runtime.INTERPRET,
+        num_warps=tile.warps, num_stages=tile.stages, **_runtime.FP_FUSION,
     )  # fmt: skip
     return da
 
 
 def _fake_backward(
     upstream: Tensor, queries: Tensor, documents: Tensor, largest: Tensor, total: Tensor,
-    q_scale: Tensor, d_scale: Tensor, temperature: float, of_queries: bool,
+    others: Tensor, q_scale: Tensor, d_scale: Tensor, temperature: float, of_queries: bool,
 ) -> Tensor:  # fmt: skip
     a = queries if of_queries else documents
     return a.new_empty(a.shape)
@@ -270,13 +287,14 @@ def _fake_backward(
 
 _forward = _runtime.register(
     "info_nce(Tensor queries, Tensor documents, float temperature)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _launch_forward,
     _fake_forward,
 )
 _backward = _runtime.register(
     "info_nce_backward(Tensor upstream, Tensor queries, Tensor documents, Tensor largest,"
-    " Tensor total, Tensor q_scale, Tensor d_scale, float temperature, bool of_queries) -> Tensor",
+    " Tensor total, Tensor others, Tensor q_scale, Tensor d_scale, float temperature,"
+    " bool of_queries) -> Tensor",
     _launch_backward,
     _fake_backward,
 )
@@ -337,7 +355,17 @@ def info_nce(queries: Tensor, documents: Tensor, temperature: float) -> Tensor:
 
 
 def _launches(sm: int) -> Iterator[_runtime.Launch]:
-    scalars = ("q_scale", "d_scale", "a_scale", "b_scale", "largest", "total", "own", "upstream")
+    scalars = (
+        "q_scale",
+        "d_scale",
+        "a_scale",
+        "b_scale",
+        "largest",
+        "total",
+        "others",
+        "own",
+        "upstream",
+    )
     types = dict.fromkeys((f"{name}_ptr" for name in scalars), "*fp32")
     types["temperature"] = "fp32"
     for dtype in _check.DTYPES:
@@ -349,6 +377,7 @@ def _launches(sm: int) -> Iterator[_runtime.Launch]:
                     if backward:
                         count = chunks(C, tile.chunk)
                         flags |= {"CHUNK": tile.chunk, "CHUNKS": count, "QUERIES": queries}
+                        flags["SCALED"] = dtype == torch.float16
                     signature = _runtime.signature(kernel, dtype, **types)
                     yield _runtime.Launch(
                         kernel=kernel,

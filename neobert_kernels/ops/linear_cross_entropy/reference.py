@@ -41,11 +41,12 @@ def linear_cross_entropy_with_stats_reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = row_indices(labels, rows, ignore_index)
     labels = labels[rows.clamp(min=0)].masked_fill(rows < 0, ignore_index)
-    size = max(len(rows), 1) if torch.compiler.is_compiling() else REFERENCE_ROWS
     with torch.autocast(x.device.type, enabled=False):
         shared = (x, weight.to(wide), None if bias is None else bias.to(wide), ignore_index)
-        starts = range(0, max(len(rows), 1), size)
-        pieces = [(rows[i : i + size], labels[i : i + size], *shared) for i in starts]
+        pieces = [(rows, labels, *shared)]
+        if not torch.compiler.is_compiling() and len(rows) > REFERENCE_ROWS:
+            parts = zip(rows.split(REFERENCE_ROWS), labels.split(REFERENCE_ROWS), strict=True)
+            pieces = [(*part, *shared) for part in parts]
         if len(pieces) > 1 and torch.is_grad_enabled():
             done = [
                 checkpoint(_losses, *piece, use_reentrant=False, preserve_rng_state=False)
