@@ -203,7 +203,7 @@ def choice(itemsize: int, backward: bool) -> Choice:
     """
     if itemsize == 4:
         return Choice(32, 32, 16, 32, 4, 1)
-    return Choice(64, 64, 32, 128, 8, 2) if backward else Choice(128, 128, 64, 128, 8, 3)
+    return Choice(64, 64, 32, 128, 8, 2) if backward else Choice(128, 64, 64, 128, 8, 3)
 
 
 def chunks(C: int, chunk: int) -> int:

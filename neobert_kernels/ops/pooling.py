@@ -231,14 +231,15 @@ def _backward_kernel(
 
 # All unmeasured.
 PART = 128  # tokens of a document that one program adds; at width 768 in bfloat16, 64 KB a chunk
-ROWS = 4  # that a program handles at a time: as many 16-byte loads in flight a lane that adds
+ROWS = 4  # that a warp adds at a time: as many 16-byte loads in flight in every lane
+BACKWARD_ROWS = 8  # of a program in the backward: two of each warp
 SPAN = 8  # most chunks of columns whose code is unrolled
 WARPS = 4  # of the backward; sums take one warp, whose lanes own their columns
 
 
-def tile(itemsize: int) -> dict[str, int]:
+def tile(itemsize: int, backward: bool = False) -> dict[str, int]:
     """A warp moves 512 neighbouring bytes of one row, 16 a lane."""
-    return {"CHUNK": 512 // itemsize, "ROWS": ROWS}
+    return {"CHUNK": 512 // itemsize, "ROWS": BACKWARD_ROWS if backward else ROWS}
 
 
 def _chunks(C: int, itemsize: int) -> int:
@@ -290,7 +291,7 @@ def _launch_backward(
     if not (T and C and B):
         return dx.zero_()
     dm, cu_seqlens = _unit_stride(dy), cu_seqlens.contiguous()
-    moves, size = tile(dy.element_size()), dy.element_size()
+    moves, size = tile(dy.element_size(), backward=True), dy.element_size()
     if normalize:
         dm = dy.new_empty((B, C), dtype=torch.float32)
         _project_kernel[(B,)](
@@ -298,7 +299,7 @@ def _launch_backward(
             num_warps=1, **_runtime.FP_FUSION,
         )  # fmt: skip
     span = min(_chunks(C, size), SPAN)
-    _backward_kernel[(triton.cdiv(T, ROWS), triton.cdiv(_chunks(C, size), span))](
+    _backward_kernel[(triton.cdiv(T, moves["ROWS"]), triton.cdiv(_chunks(C, size), span))](
         dm, cu_seqlens, dx, T, B, dm.stride(0), C, SPAN=span, MEAN=mean,
         **moves, num_warps=WARPS, **_runtime.FP_FUSION,
     )  # fmt: skip
@@ -387,7 +388,8 @@ def _launches(mean: bool) -> Iterator[_runtime.Launch]:
     ) -> _runtime.Launch:  # fmt: skip
         signature = _runtime.signature(kernel, dtype, **floats | (types or {}))
         span = min(_chunks(768, dtype.itemsize), SPAN)
-        constexprs = {"C": 768, **tile(dtype.itemsize), "SPAN": span, "PART": PART, **flags}
+        moves = tile(dtype.itemsize, backward=kernel is _backward_kernel)
+        constexprs = {"C": 768, **moves, "SPAN": span, "PART": PART, **flags}
         names = [p.name for p in kernel.params if p.is_constexpr]
         return _runtime.Launch(
             kernel, f"{what}_pool_{name}", f"C=768 {_runtime.TRITON_TYPES[dtype]}{case}", signature,
