@@ -138,10 +138,11 @@ def _backward_kernel(
             largest = tl.load(largest_ptr + other, mask=other < N, other=0.0)[None, :]
             inverse = 1.0 / tl.load(total_ptr + other, mask=other < N, other=1.0)[None, :]
             others = tl.load(others_ptr + other, mask=other < N, other=0.0)[None, :]
+        # Not 0 outside: a largest far below it would make an infinity.
+        s = tl.where((row < A)[:, None] & (other < B)[None, :], s, float("-inf"))
         # The own weight, p - 1, from the sum of the others: p may be 1 but for its last bits.
         mine = row[:, None] == other[None, :]
         w = tl.where(mine, -others, tl.exp(s - largest)) * inverse
-        w = tl.where((row < A)[:, None] & (other < B)[None, :], w, 0.0)
         unscale = 1.0
         if SCALED:
             # Zero vectors must not make the others small; they add nothing.

@@ -130,6 +130,14 @@ def test_trained_vectors_have_a_small_loss(dtype, device):
 
 
 @every_dtype
+def test_all_similarities_far_below_zero(dtype, device):
+    """exp(0 - largest) is infinite there: what lies past the last row must not be 0 times it."""
+    q, d = make(5, 9, 16, device)
+    q, d = q.abs() + 3, -d.abs() - 3
+    compare(q.to(dtype), d.to(dtype), 0.01)
+
+
+@every_dtype
 @pytest.mark.parametrize(
     "view",
     [lambda x: x.t(), lambda x: x[:, ::2], lambda x: x[::2], lambda x: x[:, 8:-8]],
