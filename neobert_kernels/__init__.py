@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from neobert_kernels.ops.linear_cross_entropy import (
         linear_cross_entropy,
         linear_cross_entropy_reference,
+        linear_cross_entropy_with_stats,
+        linear_cross_entropy_with_stats_reference,
     )
     from neobert_kernels.ops.pooling import (
         first_pool,
@@ -51,7 +53,7 @@ _WHERE = {
     "ops.attention": ("attention", "qkv_attention"),
     "ops.info_nce": ("info_nce",),
     "ops.layer_norm": ("add_layer_norm", "layer_norm"),
-    "ops.linear_cross_entropy": ("linear_cross_entropy",),
+    "ops.linear_cross_entropy": ("linear_cross_entropy", "linear_cross_entropy_with_stats"),
     "ops.pooling": ("first_pool", "mean_pool"),
     "ops.rms_norm": ("add_rms_norm", "rms_norm"),
     "ops.rope": ("rope", "rope_table"),
@@ -83,6 +85,8 @@ __all__ = [
     "layer_norm_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "linear_cross_entropy_with_stats",
+    "linear_cross_entropy_with_stats_reference",
     "mean_pool",
     "mean_pool_reference",
     "patch",

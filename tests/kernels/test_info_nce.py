@@ -4,9 +4,21 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from parity import assert_parity
+from torch.nn import functional as F
 
 import neobert_kernels as nk
+from neobert_kernels import _runtime
+from neobert_kernels.ops import info_nce as module
+
+CUDA = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+runs_kernel = pytest.mark.skipif(
+    not CUDA and not _runtime.INTERPRET, reason="no kernel runs on the CPU"
+)
 
 
 def by_hand(queries, documents, temperature):
@@ -61,6 +73,215 @@ def test_a_zero_vector_stays_finite(device):
     loss.backward()
     assert loss.isfinite()
     assert q.grad.isfinite().all()
+
+
+def compare(q, d, temperature=0.07):
+    assert_parity(
+        lambda q, d: nk.info_nce(q, d, temperature),
+        lambda q, d: nk.info_nce_reference(q, d, temperature),
+        [q, d],
+    )
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 300, 40), (33, 65, 96), (130, 257, 24), (64, 128, 64)], ids=str
+)
+def test_tiles_and_their_edges(shape, dtype, device):
+    compare(*make(*shape, device, dtype))
+
+
+@pytest.mark.parametrize("C", [760, 768, 1152])
+def test_common_widths(C, device):
+    compare(*make(5, 9, C, device))
+
+
+@every_dtype
+@pytest.mark.parametrize("temperature", [0.01, 0.05, 1.0, 20])
+def test_every_temperature(temperature, dtype, device):
+    compare(*make(9, 40, 64, device, dtype), temperature)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    N=st.integers(1, 70),
+    extra=st.integers(0, 90),
+    C=st.integers(8, 150),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(N, extra, C, dtype):
+    torch.manual_seed(0)
+    compare(*make(N, N + extra, C, "cuda" if CUDA else "cpu", dtype))
+
+
+@runs_kernel
+@pytest.mark.parametrize("shares", [1, 2, 5])
+def test_documents_are_shared_out_in_any_number(shares, device, monkeypatch):
+    monkeypatch.setattr(_runtime, "resident_programs", lambda *_: shares)
+    compare(*make(5, 333, 24, device))
+
+
+@every_dtype
+def test_trained_vectors_have_a_small_loss(dtype, device):
+    """Far below the rounding of a similarity of 100: it must not be a difference of two."""
+    d = F.normalize(torch.randn(20, 64, device=device), dim=1)
+    q = d + 0.02 * torch.randn_like(d)
+    compare(q.to(dtype), d.to(dtype), 0.05)
+
+
+@every_dtype
+def test_all_similarities_far_below_zero(dtype, device):
+    """exp(0 - largest) is infinite there: what lies past the last row must not be 0 times it."""
+    q, d = make(5, 9, 16, device)
+    q, d = q.abs() + 3, -d.abs() - 3
+    compare(q.to(dtype), d.to(dtype), 0.01)
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x.t(), lambda x: x[:, ::2], lambda x: x[::2], lambda x: x[:, 8:-8]],
+    ids=["transposed", "every second channel", "every second row", "slice of wider rows"],
+)
+def test_strided_vectors(view, dtype, device):
+    def strided(fn):
+        return lambda q, d: fn(view(q), view(d), 0.07)
+
+    inputs = make(32, 32, 32, device, dtype)
+    assert_parity(strided(nk.info_nce), strided(nk.info_nce_reference), inputs)
+
+
+def test_a_vector_larger_than_a_float16_square(device):
+    compare(*(x * 3e3 for x in make(5, 9, 64, device, torch.float16)))
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_only_the_gradients_that_are_asked_for(wanted, device):
+    leaves = [x.requires_grad_(i == wanted) for i, x in enumerate(make(5, 9, 16, device))]
+    nk.info_nce(*leaves, 0.07).backward()
+    assert [x.grad is not None for x in leaves] == [i == wanted for i in range(2)]
+
+
+def test_gradients_are_tangent_and_sum_to_zero_over_classes(device):
+    """Longer vectors lose nothing; and at equal documents all weights cancel."""
+    q, d = (x.requires_grad_() for x in make(7, 12, 16, device))
+    dq, dd = torch.autograd.grad(nk.info_nce(q, d, 0.07), (q, d))
+    for x, dx in ((q, dq), (d, dd)):
+        rounding = 16 * torch.finfo(torch.float32).eps * x.norm(dim=1) * dx.norm(dim=1).max()
+        assert ((x * dx).sum(1).abs() <= rounding).all()
+    same = d.detach()[:1].expand(12, -1)
+    (dq,) = torch.autograd.grad(nk.info_nce(q, same, 0.07), q)
+    assert dq.abs().max() < 1e-5
+
+
+def test_the_same_bits_twice(device):
+    inputs = [x.requires_grad_() for x in make(40, 70, 32, device)]
+    loss, again = (nk.info_nce(*inputs, 0.07) for _ in range(2))
+    assert torch.equal(loss, again)
+    first, second = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_gradients_in_two_passes_are_those_of_one(device):
+    """GradCache: vectors without a graph, the loss's gradients, then chunks with a graph."""
+    texts = torch.randn(12, 8, device=device)
+    encoder = torch.nn.Linear(8, 16, device=device)
+
+    def direct():
+        loss = nk.info_nce(encoder(texts[:5]), encoder(texts), 0.07)
+        return torch.autograd.grad(loss, list(encoder.parameters()))
+
+    with torch.no_grad():
+        vectors = encoder(texts)
+    q, d = vectors[:5].clone().requires_grad_(), vectors.clone().requires_grad_()
+    nk.info_nce(q, d, 0.07).backward()
+    cached = d.grad.clone()
+    cached[:5] += q.grad
+    encoder.zero_grad()
+    for part, gradient in zip(texts.split(4), cached.split(4), strict=True):
+        encoder(part).backward(gradient)
+    for expected, parameter in zip(direct(), encoder.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
+
+
+def test_autocast_changes_nothing(device):
+    inputs = make(6, 11, 16, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = nk.info_nce(*inputs, 0.07)
+    assert torch.equal(loss, nk.info_nce(*inputs, 0.07))
+
+
+def test_a_dynamic_number_of_rows_compiles_once(device):
+    torch.compiler.reset()
+    compiled = torch.compile(nk.info_nce, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def check(N, M):
+        assert_parity(
+            lambda q, d: compiled(q, d, 0.07),
+            lambda q, d: nk.info_nce_reference(q, d, 0.07),
+            make(N, M, 24, device),
+        )
+
+    with torch.compiler.set_stance("default"):
+        check(5, 9)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        check(7, 40)
+        check(33, 50)
+
+
+@runs_kernel
+@every_dtype
+def test_registration(dtype, device):
+    q, d = make(5, 9, 24, device, dtype)
+    torch.library.opcheck(module._forward, (q, d, 0.07))
+    _, *saved = module._forward(q, d, 0.07)
+    for of_queries in (True, False):
+        args = (torch.ones((), device=device), q, d, *saved, 0.07, of_queries)
+        torch.library.opcheck(module._backward, args)
+
+
+@pytest.mark.parametrize("chunk", [32, 128])
+@pytest.mark.parametrize("C", [1, 128, 384, 768, 1000, 1024, 4096])
+def test_accumulators_cover_every_column_once(C, chunk):
+    count = module.chunks(C, chunk)
+    assert 1 <= count <= module.MOST_CHUNKS
+    programs = -(-C // (count * chunk))
+    assert (programs - 1) * count * chunk < C <= programs * count * chunk
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU: captures a CUDA graph")
+def test_a_cuda_graph_replays_the_step(device):
+    inputs = [x.requires_grad_() for x in make(40, 70, 64, device, torch.bfloat16)]
+
+    def step():
+        loss = nk.info_nce(*inputs, 0.07)
+        return loss, *torch.autograd.grad(loss, inputs)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        inputs[0].neg_()
+    graph.replay()
+    assert all(map(torch.equal, captured, step()))
+
+
+@pytest.mark.skipif(not CUDA, reason="needs 10 GB of GPU memory")
+def test_more_than_two_to_the_31_elements(device):
+    """The last documents of very many, all others far away from the only query."""
+    M, C = 2**31 // 768 + 3, 768
+    d = torch.zeros(M, C, device=device, dtype=torch.bfloat16)
+    d[:, 0] = 1
+    d[-1, :2] = torch.tensor([0.0, 1.0])
+    q = d[-1:].clone().requires_grad_()
+    nk.info_nce(q, d, 0.07).backward()
+    expected = q.detach().clone().requires_grad_()
+    nk.info_nce_reference(expected, d, 0.07).backward()
+    torch.testing.assert_close(q.grad, expected.grad, rtol=2e-2, atol=1e-3)
 
 
 def test_compiles_to_one_graph(device):

@@ -2,10 +2,23 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from parity import assert_parity
 from torch.nn import functional as F
 
 import neobert_kernels as nk
+from neobert_kernels import _runtime
+from neobert_kernels.ops import linear_cross_entropy as module
+from neobert_kernels.ops.linear_cross_entropy import kernels, reference
+
+CUDA = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+runs_kernel = pytest.mark.skipif(
+    not CUDA and not _runtime.INTERPRET, reason="no kernel runs on the CPU"
+)
 
 T, C, V = 13, 8, 29
 LABELS = torch.tensor([3, -100, 0, 28, -100, -100, 7, 7, 1, -100, 12, 28, -100])
@@ -14,7 +27,7 @@ LABELLED = (LABELS != -100).nonzero().squeeze(1)
 
 def make(dtype, device):
     shapes = ((T, C), (V, C), (V,))
-    return [torch.randn(s, device=device).to(dtype) for s in shapes], LABELS.to(device)
+    return [torch.randn(s, device=device).to(dtype) for s in shapes], LABELS.to(device, copy=True)
 
 
 def dense(x, weight, bias, labels, reduction="mean"):
@@ -82,6 +95,389 @@ def test_nothing_labelled_gives_zero_loss_and_zero_gradients(device):
     assert not x.grad.any()
 
 
+def random(T, C, V, dtype, device, share=0.5, weight=None):
+    """x, weight and bias, and labels of which about ``share`` count."""
+    x, w, b = (torch.randn(shape, device=device) for shape in ((T, C), (V, C), (V,)))
+    labels = torch.randint(V, (T,), device=device)
+    labels[torch.rand(T, device=device) > share] = -100
+    return [x.to(dtype), w.to(weight or dtype), b.to(weight or dtype)], labels
+
+
+def compare(tensors, labels, **options):
+    def of(fn):
+        return lambda *tensors: fn(*tensors[:2], labels, *tensors[2:], **options)
+
+    assert_parity(of(nk.linear_cross_entropy), of(nk.linear_cross_entropy_reference), tensors)
+
+
+@every_dtype
+@every_reduction
+def test_vocabulary_of_several_blocks(dtype, reduction, device, monkeypatch):
+    monkeypatch.setitem(kernels.SOFTMAX, "BLOCK", 64)
+    for V in (63, 65, 198):
+        tensors, labels = random(7, 24, V, dtype, device)
+        labels[:2] = torch.tensor([0, V - 1])
+        compare(tensors, labels, reduction=reduction)
+        compare(tensors[:2], labels, reduction=reduction)  # no bias
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 8 rows in steps of 4, and a reference in chunks of 3."""
+    monkeypatch.setattr(kernels, "STEP_ROWS", 4)
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(kernels, "STEP_BYTES", 1)
+    monkeypatch.setattr(reference, "REFERENCE_ROWS", 3)
+
+
+@every_dtype
+@every_reduction
+@pytest.mark.parametrize("labelled", [8, 9, 17, 23])
+def test_rows_in_chunks_and_steps(dtype, reduction, labelled, small_chunks, device):
+    tensors, labels = random(23, 40, 70, dtype, device, share=1)
+    labels[labelled:] = -100
+    compare(tensors, labels, reduction=reduction)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    T=st.integers(0, 40),
+    C=st.integers(1, 90),
+    V=st.integers(1, 200),
+    dtype=st.sampled_from(DTYPES),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    share=st.sampled_from([0.0, 0.2, 1.0]),
+)
+def test_any_shape(T, C, V, dtype, reduction, share):
+    torch.manual_seed(0)
+    compare(*random(T, C, V, dtype, "cuda" if CUDA else "cpu", share), reduction=reduction)
+
+
+@pytest.mark.parametrize("C", [760, 768, 1152])
+def test_common_widths(C, device):
+    compare(*random(9, C, 37, torch.float32, device))
+
+
+@every_reduction
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_mixed_dtypes_are_computed_in_float32(dtype, reduction, device):
+    compare(*random(9, 24, 37, dtype, device, weight=torch.float32), reduction=reduction)
+    compare(*random(9, 24, 37, torch.float32, device, weight=dtype), reduction=reduction)
+
+
+@every_dtype
+def test_strided_arguments(dtype, device):
+    tensors, labels = random(24, 32, 37, dtype, device)
+    views = [tensors[0].t().contiguous(), tensors[1].t().contiguous(), tensors[2].repeat(2, 1).t()]
+    rows = (labels != -100).nonzero().expand(-1, 2)[:, 0]
+    labels = torch.stack([labels, labels], 1)[:, 0]
+
+    def strided(fn):
+        def call(x, weight, bias):
+            return fn(x.t()[:, ::2], weight.t()[:, ::2], labels, bias[:, 0], rows=rows)
+
+        return call
+
+    assert_parity(
+        strided(nk.linear_cross_entropy), strided(nk.linear_cross_entropy_reference), views
+    )
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+def test_a_number_of_rows_is_enough(extra, device):
+    (x, weight, bias), labels = make(torch.float32, device)
+    number = len(LABELLED) + extra
+    for reduction in ("mean", "none"):
+        compare([x, weight, bias], labels, reduction=reduction, rows=number)
+        torch.testing.assert_close(
+            nk.linear_cross_entropy(x, weight, labels, bias, -100, reduction, number),
+            nk.linear_cross_entropy(x, weight, labels, bias, -100, reduction),
+        )
+
+
+def test_nan_in_ignored_rows_reaches_no_gradient(device):
+    """Not even where the caller names them."""
+    tensors, labels = make(torch.float32, device)
+    tensors[0][labels == -100] = float("nan")
+    leaves = [t.requires_grad_() for t in tensors]
+    rows = torch.arange(T, device=device)
+    nk.linear_cross_entropy(leaves[0], leaves[1], labels, leaves[2], rows=rows).backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
+@every_dtype
+def test_gradients_of_logits_sum_to_zero(dtype, device):
+    """With one row, dweight is dlogits times x, and with one channel of 1 it is dlogits."""
+    tensors, labels = random(5, 1, 300, dtype, device, share=1)
+    tensors[0].fill_(1)
+    leaves = [t.requires_grad_() for t in tensors]
+    nk.linear_cross_entropy(leaves[0], leaves[1], labels, leaves[2], reduction="sum").backward()
+    for gradient in (leaves[1].grad, leaves[2].grad):
+        rounding = torch.finfo(dtype).eps * gradient.double().abs().sum()
+        assert gradient.double().sum().abs() <= rounding
+
+
+@every_dtype
+def test_a_constant_added_to_all_logits_changes_nothing(dtype, device):
+    (x, weight, bias), labels = make(dtype, device)
+    bias = bias.round()  # so that adding 2 is exact
+    before, after = (nk.linear_cross_entropy(x, weight, labels, b) for b in (bias, bias + 2))
+    torch.testing.assert_close(before, after)
+
+
+def test_a_small_loss_is_not_lost_in_large_logits(device):
+    """1 + 1e-7 is not a float32 far from 0: the loss must not be a difference of logits."""
+    x = torch.tensor([[1.0]], device=device)
+    weight = torch.tensor([[1000.0], [985.0]], device=device)
+    loss = nk.linear_cross_entropy(x, weight, torch.zeros(1, dtype=torch.long, device=device))
+    assert loss.item() == pytest.approx(3.059e-07, rel=0.2)  # log1p(exp(-15)), in float32 sums
+
+
+def test_logits_of_minus_infinity(device):
+    """A whole block of the vocabulary may be ruled out by its bias."""
+    block = kernels.SOFTMAX["BLOCK"]
+    (x, weight, bias), labels = random(3, 8, block + 9, torch.float32, device, share=1)
+    bias[:block] = float("-inf")
+    labels.fill_(block + 3)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    loss = nk.linear_cross_entropy(x, weight, labels, bias)
+    loss.backward()
+    expected = F.cross_entropy(x @ weight.t() + bias, labels)
+    torch.testing.assert_close(loss, expected)
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
+def test_a_loss_scale_does_not_overflow_float16(device):
+    tensors, labels = make(torch.float16, device)
+    leaves = [t.requires_grad_() for t in tensors]
+    losses = nk.linear_cross_entropy(leaves[0], leaves[1], labels, leaves[2], reduction="none")
+    (losses * 2.0**17 * 1e-3).sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
+@every_reduction
+def test_stats_come_from_the_same_pass(reduction, device):
+    (x, weight, bias), labels = make(torch.float32, device)
+    x.requires_grad_()
+    args = (x, weight, labels, bias, -100, reduction)
+    loss, losses, correct = nk.linear_cross_entropy_with_stats(*args)
+    assert torch.equal(loss, nk.linear_cross_entropy(*args))
+    torch.testing.assert_close(losses, dense(x, weight, bias, labels, "none").detach())
+    right = (x @ weight.t() + bias).argmax(1) == labels
+    assert torch.equal(correct, right)
+    assert (losses.requires_grad, correct.requires_grad) == (False, False)
+    loss.sum().backward()
+    assert x.grad.any()
+
+
+def test_stats_know_a_right_answer(device):
+    x = torch.eye(4, device=device)
+    labels = torch.tensor([0, 1, 3, -100], device=device)
+    _, losses, correct = nk.linear_cross_entropy_with_stats(x, x, labels)
+    assert correct.tolist() == [True, True, False, False]
+    assert losses[3] == 0
+
+
+@every_reduction
+def test_backward_gives_the_same_bits_twice(reduction, small_chunks, device):
+    tensors, labels = random(23, 40, 70, torch.float32, device)
+    leaves = [t.requires_grad_() for t in tensors]
+    loss = nk.linear_cross_entropy(
+        leaves[0], leaves[1], labels, leaves[2], reduction=reduction
+    ).sum()
+    first, again = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+
+
+@every_reduction
+@pytest.mark.parametrize("wanted", range(3))
+def test_only_the_gradients_that_are_asked_for(reduction, wanted, device):
+    tensors, labels = make(torch.float32, device)
+    leaves = [t.requires_grad_(i == wanted) for i, t in enumerate(tensors)]
+    nk.linear_cross_entropy(
+        leaves[0], leaves[1], labels, leaves[2], reduction=reduction
+    ).sum().backward()
+    assert [t.grad is not None for t in leaves] == [i == wanted for i in range(3)]
+
+
+@runs_kernel
+@pytest.mark.parametrize("gradients", [False, True])
+def test_no_gradient_costs_no_buffer(gradients, monkeypatch, device):
+    """One product without gradients, three with them."""
+    products = []
+    product = kernels._product
+    monkeypatch.setattr(
+        kernels, "_product", lambda *args, **kw: (products.append(1), product(*args, **kw))
+    )
+    tensors, labels = make(torch.float32, device)
+    leaves = [t.requires_grad_() for t in tensors]
+    with torch.set_grad_enabled(gradients):
+        nk.linear_cross_entropy(leaves[0], leaves[1], labels, leaves[2])
+    assert len(products) == (3 if gradients else 1)
+
+
+@runs_kernel
+@pytest.mark.parametrize("wrong", [V, -1, 2**40])
+def test_a_wrong_label_makes_the_loss_nan(wrong, device, monkeypatch):
+    monkeypatch.setattr(module, "_check_values", lambda *_: None)  # a GPU cannot look
+    (x, weight, bias), labels = make(torch.float32, device)
+    labels[4] = wrong
+    losses = nk.linear_cross_entropy(x, weight, labels, bias, reduction="none")
+    assert losses.isnan().nonzero().tolist() == [[4]]
+    assert nk.linear_cross_entropy(x, weight, labels, bias).isnan()
+
+
+@runs_kernel
+def test_rows_outside_are_skipped(device, monkeypatch):
+    monkeypatch.setattr(module, "_check_values", lambda *_: None)
+    (x, weight, bias), labels = make(torch.float32, device)
+    x.requires_grad_()
+    rows = torch.cat([LABELLED.to(device), torch.tensor([-1, -7, T, 10**9], device=device)])
+    loss = nk.linear_cross_entropy(x, weight, labels, bias, rows=rows)
+    assert torch.equal(loss, nk.linear_cross_entropy(x, weight, labels, bias))
+    loss.backward()
+    assert x.grad.isfinite().all()
+
+
+@every_reduction
+def test_autocast_multiplies_in_its_dtype(reduction, device):
+    """As a linear layer would; losses and gradients stay float32."""
+    tensors, labels = make(torch.float32, device)
+    low = [tensors[0].half(), tensors[1].half(), tensors[2]]
+    with torch.autocast(device.type, torch.float16):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        loss = nk.linear_cross_entropy(leaves[0], leaves[1], labels, leaves[2], reduction=reduction)
+    expected = nk.linear_cross_entropy(low[0], low[1], labels, low[2], reduction=reduction)
+    assert torch.equal(loss, expected)
+    loss.sum().backward()
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+
+
+@pytest.mark.parametrize("form", ["indices", "number"])
+@every_reduction
+def test_compiles_to_one_graph(reduction, form, device):
+    tensors, labels = make(torch.float32, device)
+    rows = LABELLED.to(device) if form == "indices" else len(LABELLED) + 1
+
+    def of(fn):
+        return lambda x, w, b: fn(x, w, labels, b, reduction=reduction, rows=rows)
+
+    torch.compiler.reset()
+    compiled = torch.compile(of(nk.linear_cross_entropy), fullgraph=True, backend="aot_eager")
+    assert_parity(compiled, of(nk.linear_cross_entropy_reference), tensors)
+
+
+def test_a_dynamic_number_of_rows_compiles_once(device):
+    torch.compiler.reset()
+    compiled = torch.compile(
+        nk.linear_cross_entropy, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+
+    def check(T):
+        tensors, labels = random(T, 24, 37, torch.float32, device)
+        rows = (labels != -100).nonzero().squeeze(1)
+
+        def of(fn):
+            return lambda x, w, b: fn(x, w, labels, b, rows=rows)
+
+        assert_parity(of(compiled), of(nk.linear_cross_entropy_reference), tensors)
+
+    with torch.compiler.set_stance("default"):
+        check(20)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for T in (33, 50):
+            check(T)
+
+
+@runs_kernel
+@pytest.mark.parametrize("wanted", [False, True])
+def test_registration(wanted, device):
+    (x, weight, bias), labels = make(torch.float32, device)
+    rows = LABELLED.to(device)
+    options = (-100, torch.float32, wanted, wanted, wanted)
+    for upstream in (None, torch.rand(T, device=device)):
+        torch.library.opcheck(
+            module._losses_and_gradients, (x, weight, labels, bias, rows, upstream, *options)
+        )
+    scale = torch.rand((), device=device)
+    dx = x[rows].float()
+    torch.library.opcheck(module._scale, (dx, scale, rows, T, torch.bfloat16))
+    torch.library.opcheck(module._scale, (weight, scale, None, V, torch.float32))
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("V", [100, 30_522, 256_000])
+@pytest.mark.parametrize("R", [0, 1, 127, 128, 3277, 20_000])
+def test_every_plan_keeps_its_promise(R, V, itemsize):
+    width = -(-V // 64) * 64
+    plan = kernels.plan(R, width, itemsize)
+    assert plan.step <= plan.chunk <= R + 127
+    assert 4 * plan.step * width <= max(32 << 20, 4 * 128 * width)
+    assert itemsize * plan.chunk * width <= max(72 << 20, itemsize * 512 * width)
+    if plan.chunk < R:  # aligned starts
+        assert plan.chunk % 128 == 0
+    if plan.step < plan.chunk:
+        assert plan.step % 128 == 0
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU: captures a CUDA graph")
+@every_reduction
+def test_a_cuda_graph_replays_the_step(reduction, device):
+    tensors, labels = make(torch.bfloat16, device)
+    leaves = [t.requires_grad_() for t in tensors]
+
+    def step():
+        loss = nk.linear_cross_entropy(
+            leaves[0], leaves[1], labels, leaves[2], reduction=reduction, rows=T
+        )
+        return loss, *torch.autograd.grad(loss.sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves[0].neg_()
+    graph.replay()
+    assert all(map(torch.equal, captured, step()))
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU: counts synchronizations")
+@pytest.mark.parametrize("form", ["indices", "number"])
+def test_known_rows_never_wait_for_the_gpu(form, device):
+    tensors, labels = make(torch.bfloat16, device)
+    rows = LABELLED.to(device) if form == "indices" else len(LABELLED)
+    leaves = [t.requires_grad_() for t in tensors]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        nk.linear_cross_entropy(leaves[0], leaves[1], labels, leaves[2], rows=rows).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not CUDA, reason="needs 20 GB of GPU memory")
+def test_more_than_two_to_the_31_elements(device):
+    T, C, V = 2**31 // 768 + 3, 768, 50
+    x = torch.randn(T, C, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(V, C, device=device, dtype=torch.bfloat16).requires_grad_()
+    labels = torch.full((T,), -100, device=device)
+    labels[-2:] = torch.tensor([3, V - 1])
+    rows = torch.tensor([T - 2, T - 1], device=device)
+    x.requires_grad_()
+    loss = nk.linear_cross_entropy(x, weight, labels, rows=rows)
+    loss.backward()
+    tail = x.detach()[-2:].requires_grad_()
+    expected = nk.linear_cross_entropy(tail, weight, labels[-2:])
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert torch.equal(x.grad[-2:], tail.grad)
+    assert not x.grad[:-2].any()
+
+
 ARGUMENTS = {
     "x": torch.ones(3, 4),
     "weight": torch.ones(5, 4),
@@ -111,8 +507,14 @@ ARGUMENTS = {
         ({"rows": torch.tensor([3])}, r"rows: expected values in 0\.\.2, got 3"),
         ({"rows": torch.tensor([-1])}, r"rows: expected values in 0\.\.2, got -1"),
         ({"rows": torch.tensor([0.0])}, "rows: expected dtype int64"),
+        ({"rows": -1}, "rows: expected a number of rows, at least 0, got -1"),
+        ({"rows": 1}, "rows: expected at least the 2 labelled rows, got 1"),
+        ({"rows": True}, "rows: expected a torch.Tensor, got bool"),
+        ({"rows": torch.tensor([0, 1, 1])}, "rows: expected distinct values"),
+        ({"rows": torch.tensor([0, 2])}, r"rows: expected every labelled row \(2\) .*, got 1"),
     ],
 )
 def test_rejects(changes, message):
-    with pytest.raises(ValueError, match=message):
-        nk.linear_cross_entropy(**(ARGUMENTS | changes))
+    for op in (nk.linear_cross_entropy, nk.linear_cross_entropy_with_stats):
+        with pytest.raises(ValueError, match=message):
+            op(**(ARGUMENTS | changes))
