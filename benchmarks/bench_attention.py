@@ -11,7 +11,7 @@ import pytest
 import torch
 from parity import assert_parity, assert_within_budget
 from peers import Peer, attention_peers, installed
-from timing import interleaved, rotated
+from timing import interleaved, over, rotated
 from torch import Tensor
 
 import neobert_kernels as nk
@@ -111,19 +111,14 @@ def test_attention(
     )
     peers, absent = working(lengths, options, [x.detach() for x in make()], training, device)
     sets = rotated(make, device)
-    gradient = torch.randn(T, H, D, device=device, dtype=dtype)
+    gradient = torch.randn(T, H, D, device=device, dtype=dtype) if training else None
 
-    def variant(function: Callable[..., Tensor]) -> Callable[[int], object]:
-        def call(number: int) -> object:
-            inputs = sets[number % len(sets)]
-            if not training:
-                with torch.no_grad():
-                    return function(*inputs, lengths, *options)
-            return torch.autograd.grad(function(*inputs, lengths, *options), inputs, gradient)
+    def packed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda q, k, v: function(q, k, v, lengths, *options)
 
-        return call
-
-    variants = {name: variant(f) for name, f in {"ours": ours, **peers}.items()}
+    variants = {
+        name: over(sets, packed(f), gradient) for name, f in {"ours": ours, **peers}.items()
+    }
     size = 8192 if gpu else 256 if quick else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     timings = once(

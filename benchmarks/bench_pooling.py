@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from parity import assert_parity
-from timing import interleaved, rotated
+from timing import interleaved, over, rotated
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -70,21 +70,14 @@ def test_pooling(
     if device == "cuda" or (not quick and shutil.which("c++")):
         torch.compiler.reset()
         variants["compile"] = torch.compile(reference)
-    gradient = torch.randn(len(lengths), C, device=device, dtype=dtype)
+    gradient = torch.randn(len(lengths), C, device=device, dtype=dtype) if training else None
 
-    def variant(function: Callable[..., Tensor]) -> Callable[[int], object]:
-        def call(number: int) -> object:
-            (x,) = sets[number % len(sets)]
-            if not training:
-                with torch.no_grad():
-                    return function(x, bounds, normalize)
-            return torch.autograd.grad(function(x, bounds, normalize), x, gradient)
-
-        return call
+    def pooled(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: function(x, bounds, normalize)
 
     timings = once(
         lambda: interleaved(
-            {key: variant(function) for key, function in variants.items()},
+            {key: over(sets, pooled(function), gradient) for key, function in variants.items()},
             rounds=3 if quick else 30,
             device=device,
         )

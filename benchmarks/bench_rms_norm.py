@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from parity import assert_parity
-from timing import interleaved, rotated
+from timing import interleaved, over, rotated
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,23 +60,11 @@ def test_rms_norm(
     if shutil.which("c++") or gpu:
         torch.compiler.reset()
         variants["compile"] = torch.compile(eager)
-    gradient = torch.randn(rows, width, device=device, dtype=dtype)
-
-    def variant(function: Callable[..., Any]) -> Callable[[int], object]:
-        def call(number: int) -> object:
-            inputs = sets[number % len(sets)]
-            if not training:
-                with torch.no_grad():
-                    return function(*inputs)
-            out = function(*inputs)
-            outputs = list(out) if isinstance(out, tuple) else [out]
-            return torch.autograd.grad(outputs, inputs, [gradient] * len(outputs))
-
-        return call
+    gradient = torch.randn(rows, width, device=device, dtype=dtype) if training else None
 
     timings = once(
         lambda: interleaved(
-            {key: variant(function) for key, function in variants.items()},
+            {key: over(sets, function, gradient) for key, function in variants.items()},
             rounds=3 if quick else 30,
             device=device,
         )

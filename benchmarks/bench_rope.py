@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from parity import assert_parity
-from timing import interleaved, rotated
+from timing import interleaved, over, rotated
 from torch import Tensor
 
 import neobert_kernels as nk
@@ -60,21 +60,17 @@ def test_rope(
     else:
         absent["liger_absent"] = "needs a GPU, half-split pairs and an installed liger-kernel"
     sets = rotated(make, device)
-    gradient = torch.randn(T, H, D, device=device, dtype=dtype)
+    gradient = torch.randn(T, H, D, device=device, dtype=dtype) if training else None
 
-    def variant(function: Callable[..., Tensor]) -> Callable[[int], object]:
-        def call(number: int) -> object:
-            inputs = sets[number % len(sets)]
-            if not training:
-                with torch.no_grad():
-                    return function(*inputs, cos, sin, pairs)
-            return torch.autograd.grad(function(*inputs, cos, sin, pairs), inputs, gradient)
-
-        return call
+    def with_table(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: function(x, cos, sin, pairs)
 
     timings = once(
         lambda: interleaved(
-            {name: variant(function) for name, function in variants.items()},
+            {
+                name: over(sets, with_table(function), gradient)
+                for name, function in variants.items()
+            },
             rounds=3 if quick else 30,
             device=device,
         )

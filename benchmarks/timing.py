@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -50,6 +51,28 @@ def interleaved(
         for name in names[first:] + names[:first]:
             seconds[name].append(take(variants[name], calls[name]))
     return {name: summarize(seconds[name]) for name in names}
+
+
+def over(
+    sets: Sequence[Sequence[torch.Tensor]],
+    function: Callable[..., Any],
+    gradient: torch.Tensor | None,
+) -> Variant:
+    """``function`` on one set of tensors after the other.
+
+    With a ``gradient``, for every output, also the backward to all tensors; without, no graph.
+    """
+
+    def call(number: int) -> object:
+        inputs = sets[number % len(sets)]
+        with torch.set_grad_enabled(gradient is not None):
+            out = function(*inputs)
+        if gradient is None:
+            return out
+        outputs = list(out) if isinstance(out, tuple) else [out]
+        return torch.autograd.grad(outputs, inputs, [gradient] * len(outputs))
+
+    return call
 
 
 def summarize(seconds: list[float]) -> Timing:

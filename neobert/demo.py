@@ -107,6 +107,8 @@ def speed_table(result: Comparison) -> str:
         f"{result.flop_per_token / 1e6:.1f} MFLOP of Linear layers per token at {rate / 1e9:.0f} "
         f"GFLOP/s, measured in the same run at those layers' shapes ({result.gemm_case})"
     )
+    if result.share_of_limit(result.patched) > 1:
+        limit += ". More than 100 %: something else kept the machine busy, run it again"
     memory = result.patched.peak_bytes / max(result.baseline.peak_bytes, 1)
     return "\n".join(
         [

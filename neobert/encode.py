@@ -4,7 +4,6 @@ Texts are taken in windows. A window is tokenized while the one before it runs, 
 cut into batches of about ``max_tokens`` real tokens, and given back in the order it came.
 """
 
-import hashlib
 import itertools
 import os
 import threading
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,14 @@ import torch
 from torch import Tensor
 
 import neobert_kernels as nk
+from neobert.loading import (
+    digest,
+    load_model,
+    load_tokenizer,
+    model_family,
+    model_folder,
+    text_length,
+)
 from neobert.sentence_files import POOLINGS, SentenceSettings, read_settings
 from neobert_kernels import patching
 
@@ -32,10 +38,6 @@ WINDOW = 4096
 MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 SMALLEST_BATCH = 128  # tokens; below, a matrix product costs more than its share
-
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
-_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +126,8 @@ class Encoder:
         """
         _check_options(dtype, max_tokens, max_length, threads, pooling)
         where = _device(device)
-        folder = _folder(model, revision)
-        family = _family(folder, patched)
+        folder = model_folder(model, revision)
+        family = model_family(folder, patched)
         settings = read_settings(folder)
         settings = SentenceSettings(
             settings.pooling if pooling is None else pooling,
@@ -133,14 +135,14 @@ class Encoder:
             settings.max_length,
             settings.prompt,
         )
-        network = _load_model(folder, family, DTYPES[dtype]).to(where).eval()
-        tokenizer = _load_tokenizer(folder, network.config.vocab_size)
-        length = _length(max_length, settings, tokenizer, network.config)
+        network = load_model(folder, family, DTYPES[dtype]).to(where).eval()
+        tokenizer = load_tokenizer(folder, network.config.vocab_size)
+        length = text_length(max_length, settings, tokenizer, network.config)
         report = nk.patch(network) if patched else None
         fingerprint: dict[str, str | int] = {
             "model": str(model),
             "revision": revision or "",
-            "files": _digest(folder),
+            "files": digest(folder),
             "dtype": dtype,
             "device": where.type,
             "patched": int(patched),
@@ -371,133 +373,7 @@ def _device(device: str | None) -> torch.device:
     if where.type not in MAX_TOKENS:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        rule = f"one of this machine's {torch.cuda.device_count()} GPUs"
+        count = torch.cuda.device_count()
+        rule = f"one of this machine's {count} GPUs" if count else "cpu (this machine has no GPU)"
         raise ValueError(f"device: expected {rule}, got {device!r}")
     return where
-
-
-def _folder(model: str | os.PathLike[str], revision: str | None) -> Path:
-    """The local folder of a model, downloading a hub id's files (and no pickle) if needed."""
-    path = Path(model)
-    if not path.is_dir():
-        if path.exists() or path.is_absolute() or str(model).startswith((".", "~")):
-            got = "a file" if path.exists() else "nothing"
-            raise OSError(f"model: expected a folder or a hub id, got {got} at {path}")
-        path = _download(str(model), revision)
-    elif revision is not None:
-        raise ValueError(f"revision: expected none for a local folder, got {revision!r}")
-    if not (path / "config.json").is_file():
-        raise OSError(f"model: expected a folder with config.json, got {model}")
-    if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
-        found = ", ".join(sorted(p.name for p in path.glob("*.bin"))) or "none"
-        raise OSError(f"model: expected safetensors weights in {model}, got {found}")
-    return path
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
-    except HFValidationError:
-        reason = "not the form of a hub id"
-    except LocalEntryNotFoundError:
-        reason = "the hub cannot be reached and the model is not in the local cache"
-    except HfHubHTTPError as error:
-        reason = str(error).splitlines()[0]
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-    raise OSError(f"model: expected a folder or a hub id, got {name!r} ({reason})")
-
-
-def _family(folder: Path, patched: bool) -> str:
-    import json
-
-    try:
-        family = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"config.json: expected a JSON object, got {error}") from None
-    supported = patching.supported_families()
-    if patched and family not in supported:
-        raise ValueError(
-            f"model: expected a supported family ({', '.join(supported)}), got {family!r}; "
-            "unpatched it still works where transformers knows it"
-        )
-    return str(family)
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No bar per tensor and no load report: what is wrong with a checkpoint becomes an error."""
-    from transformers.utils import logging
-
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _load_model(folder: Path, family: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoModel
-
-    import neobert  # noqa: F401  (registers NeoBERT)
-    from neobert import checkpoint
-
-    # The pooler is not used here, and checkpoints of sentence encoders often lack it.
-    options = {"add_pooling_layer": False} if family == "bert" else {}
-    with _quiet_loading(), checkpoint.readable(folder):
-        model, info = AutoModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
-    checkpoint.check_loaded(model, info, folder)
-    return model
-
-
-def _load_tokenizer(folder: Path, vocabulary: int) -> Any:
-    from transformers import AutoTokenizer
-
-    # Without any of them transformers builds a tokenizer that knows no word.
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise OSError(f"model: expected one of {', '.join(_VOCABULARIES)} in {folder}, got none")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(f"model: expected tokenizer files in {folder}, got {reason}") from None
-    if not tokenizer.is_fast:
-        raise ValueError(f"model: expected a fast tokenizer, got {type(tokenizer).__name__}")
-    if len(tokenizer) > vocabulary:
-        rule = f"a tokenizer of at most {vocabulary} tokens (the model's vocab_size)"
-        raise ValueError(f"model: expected {rule}, got {len(tokenizer)}")
-    return tokenizer
-
-
-def _length(asked: int | None, settings: SentenceSettings, tokenizer: Any, config: Any) -> int:
-    most = int(config.max_position_embeddings)
-    if asked is not None and asked > most:
-        raise ValueError(f"max_length: expected at most {most} (this model's), got {asked}")
-    return asked or min(settings.max_length or most, int(tokenizer.model_max_length), most)
-
-
-def _digest(folder: Path) -> str:
-    """A short hash of every file that decides the numbers (about a second per GB of weights)."""
-    digest = hashlib.sha256()
-    files = {*folder.glob("*.json"), *folder.glob("*/config.json"), *folder.glob("*.txt")}
-    for path in sorted({*files, *folder.glob("*.safetensors")}):
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]

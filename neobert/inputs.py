@@ -148,6 +148,9 @@ def open_source(
         )
     else:
         files = [root]
+    for file in files:
+        if file.exists() and not os.access(file, os.R_OK):
+            raise InputError(f"input: expected a readable file, got {file} (permission denied)")
     if options.id_column is not None and any(file.suffix.lower() == ".txt" for file in files):
         raise InputError(f"id-column: expected .jsonl or .parquet input, got .txt files in {path}")
     return FileSource(root, files, options)

@@ -99,9 +99,23 @@ def register(schema: str, launch: Callable, fake: Callable) -> Any:
     """
     name = schema.partition("(")[0]
     torch.library.define(f"neobert::{name}", schema.removeprefix(name))
-    torch.library.impl(f"neobert::{name}", ("cpu", "cuda"), launch)
+    torch.library.impl(f"neobert::{name}", "cpu", launch)
+    torch.library.impl(f"neobert::{name}", "cuda", _on_its_gpu(launch))
     torch.library.register_fake(f"neobert::{name}", fake)
     return getattr(torch.ops.neobert, name).default
+
+
+def _on_its_gpu(launch: Callable) -> Callable:
+    """``launch`` on the GPU of its first tensor: Triton launches on the current one."""
+
+    @functools.wraps(launch)
+    def call(x: Tensor, *rest: Any) -> Any:
+        if x.get_device() == torch.cuda.current_device():
+            return launch(x, *rest)
+        with torch.cuda.device(x.get_device()):
+            return launch(x, *rest)
+
+    return call
 
 
 def use_kernel(x: Tensor) -> bool:
@@ -137,10 +151,14 @@ def resident_programs(x: Tensor, per_sm: int) -> int:
     return _sm_count(x.device.index) * per_sm if x.is_cuda else 4
 
 
+def neighbouring(x: Tensor) -> Tensor:
+    """``x`` itself where its channels are neighbours in memory, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def as_rows(x: Tensor) -> Tensor:
     """``x`` as ``[rows, C]`` with neighbouring channels; a copy only where no view exists."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return neighbouring(x.reshape(-1, x.shape[-1]))
 
 
 def signature(kernel: Any, dtype: torch.dtype, **types: str) -> dict[str, str]:

@@ -186,6 +186,7 @@ class Choice:
     chunk: int
     warps: int
     stages: int
+    registers: int | None = None  # of a lane; None: the assembler may spill a few for more blocks
 
     def constexprs(self, C: int) -> dict[str, int]:
         return {"C": C, "BLOCK_A": self.a, "BLOCK_B": self.b, "BLOCK_C": self.c}
@@ -203,7 +204,7 @@ def choice(itemsize: int, backward: bool) -> Choice:
     gives the largest exp(0), and at a low temperature a gradient shows the difference.
     """
     if itemsize == 4:
-        return Choice(32, 32, 16, 32, 4, 1)
+        return Choice(32, 32, 16, 32, 8, 1, registers=168)
     return Choice(64, 64, 32, 128, 8, 2) if backward else Choice(128, 64, 64, 128, 8, 3)
 
 
@@ -211,10 +212,6 @@ def chunks(C: int, chunk: int) -> int:
     """Accumulators of a program: the columns in equal groups of at most `MOST_CHUNKS`."""
     count = -(-C // chunk)
     return -(-count // -(-count // MOST_CHUNKS))
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _scale(x: Tensor, temperature: float) -> Tensor:
@@ -225,7 +222,7 @@ def _scale(x: Tensor, temperature: float) -> Tensor:
 def _launch_forward(
     queries: Tensor, documents: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, d = _unit_stride(queries), _unit_stride(documents)
+    q, d = _runtime.neighbouring(queries), _runtime.neighbouring(documents)
     (N, C), M = q.shape, len(d)
     _, largest, total, others, *_ = _fake_forward(q, d, temperature)
     q_scale, d_scale = _scale(q, temperature), _scale(d, 1.0)
@@ -239,7 +236,8 @@ def _launch_forward(
     _forward_kernel[(blocks, shares)](
         q, d, q_scale, d_scale, larges, shared, own, N, M, share, q.stride(0), d.stride(0),
         **tile.constexprs(C), WIDE=_runtime.INTERPRET,
-        num_warps=tile.warps, num_stages=tile.stages, **_runtime.FP_FUSION,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        **_runtime.FP_FUSION,
     )  # fmt: skip
     torch.amax(larges, dim=0, out=largest)
     torch.sum(shared * (larges - largest).exp_(), dim=0, out=others)
@@ -261,7 +259,7 @@ def _launch_backward(
     upstream: Tensor, queries: Tensor, documents: Tensor, largest: Tensor, total: Tensor,
     others: Tensor, q_scale: Tensor, d_scale: Tensor, temperature: float, of_queries: bool,
 ) -> Tensor:  # fmt: skip
-    a, b = _unit_stride(queries), _unit_stride(documents)
+    a, b = _runtime.neighbouring(queries), _runtime.neighbouring(documents)
     a_scale, b_scale = q_scale, d_scale
     if not of_queries:
         a, b, a_scale, b_scale = b, a, b_scale, a_scale
@@ -273,7 +271,8 @@ def _launch_backward(
         a, b, a_scale, b_scale, largest, total, others, upstream, da, A, B, len(queries),
         a.stride(0), b.stride(0), temperature, **tile.constexprs(C), CHUNK=tile.chunk, CHUNKS=count,
         QUERIES=of_queries, SCALED=a.dtype == torch.float16, WIDE=_runtime.INTERPRET,
-        num_warps=tile.warps, num_stages=tile.stages, **_runtime.FP_FUSION,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        **_runtime.FP_FUSION,
     )  # fmt: skip
     return da
 
@@ -389,6 +388,7 @@ def _launches(sm: int) -> Iterator[_runtime.Launch]:
                         constexprs={**tile.constexprs(C), **flags},
                         num_warps=tile.warps,
                         num_stages=tile.stages,
+                        maxnreg=tile.registers,
                         aligned=tuple(n for n in signature if n.endswith(("_ptr", "_stride"))),
                         memory_bound=False,
                     )

@@ -246,10 +246,6 @@ def _chunks(C: int, itemsize: int) -> int:
     return -(-C * itemsize // 512)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _launch(x: Tensor, cu_seqlens: Tensor, mean: bool, normalize: bool) -> tuple[Tensor, Tensor]:
     T, C, B = *x.shape, len(cu_seqlens) - 1
     y, norm = outputs = _fake(x, cu_seqlens, mean, normalize)
@@ -257,7 +253,7 @@ def _launch(x: Tensor, cu_seqlens: Tensor, mean: bool, normalize: bool) -> tuple
         y.zero_()
         norm.zero_()
         return outputs
-    x, cu_seqlens = _unit_stride(x), cu_seqlens.contiguous()
+    x, cu_seqlens = _runtime.neighbouring(x), cu_seqlens.contiguous()
     moves, size = tile(x.element_size()), x.element_size()
     source, stride = x, x.stride(0)
     chunks = _chunks(C, size)
@@ -290,13 +286,13 @@ def _launch_backward(
     dx = dy.new_empty((T, C))
     if not (T and C and B):
         return dx.zero_()
-    dm, cu_seqlens = _unit_stride(dy), cu_seqlens.contiguous()
+    dy, cu_seqlens = _runtime.neighbouring(dy), cu_seqlens.contiguous()
+    dm = dy
     moves, size = tile(dy.element_size(), backward=True), dy.element_size()
     if normalize:
         dm = dy.new_empty((B, C), dtype=torch.float32)
         _project_kernel[(B,)](
-            _unit_stride(dy), y, norm, dm, _unit_stride(dy).stride(0), C, moves["CHUNK"],
-            num_warps=1, **_runtime.FP_FUSION,
+            dy, y, norm, dm, dy.stride(0), C, moves["CHUNK"], num_warps=1, **_runtime.FP_FUSION,
         )  # fmt: skip
     span = min(_chunks(C, size), SPAN)
     _backward_kernel[(triton.cdiv(T, moves["ROWS"]), triton.cdiv(_chunks(C, size), span))](

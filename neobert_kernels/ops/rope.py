@@ -275,11 +275,6 @@ def _run(
     )  # fmt: skip
 
 
-def neighbouring(x: Tensor) -> Tensor:
-    """``x`` itself where its channels are neighbours in memory, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def turn(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
@@ -295,13 +290,13 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: boo
     if not _runtime.use_kernel(x):
         return rope_reference(x, cos, -sin if inverse else sin, interleaved).contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _run([(neighbouring(x), y)], cos, sin, interleaved, interleaved, inverse)
+    _run([(_runtime.neighbouring(x), y)], cos, sin, interleaved, interleaved, inverse)
     return y
 
 
 def _launch_into(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
     if _runtime.use_kernel(x) and out.stride(-1) == 1:
-        _run([(neighbouring(x), out)], cos, sin, interleaved, interleaved, inverse=False)
+        _run([(_runtime.neighbouring(x), out)], cos, sin, interleaved, interleaved, inverse=False)
     else:
         out.copy_(_launch(x, cos, sin, interleaved, False))
 

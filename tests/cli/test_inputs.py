@@ -320,6 +320,15 @@ def test_unfit_inputs_are_refused_when_opened(
         open_source(name if name == "-" else str(tmp_path / name), ReadOptions(**options))
 
 
+def test_an_unreadable_file_is_named_before_any_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the system says, because root may read everything."""
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).suffix != ".jsonl")
+    with pytest.raises(InputError, match=r"input: expected a readable file, got .*\.jsonl \(perm"):
+        open_source(str(folder))
+
+
 def test_a_broken_link_is_an_error_not_a_gap(folder: Path) -> None:
     (folder / "b2.txt").symlink_to(folder / "gone")
     with pytest.raises(FileNotFoundError, match=r"b2\.txt"):

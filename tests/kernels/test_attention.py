@@ -1,138 +1,33 @@
 """attention: the meaning stated with one dense mask, and what must hold whatever the kernel.
 
-One file, three runs: CPU reference, Triton interpreter, GPU. In the interpreter tiles are small, so
-that documents of 20 to 70 tokens have several, with tails and window edges.
+One file, three runs: CPU reference, Triton interpreter, GPU. test_attention_tiles.py has what is
+about the kernels' cuts.
 """
 
 import itertools
 
 import pytest
 import torch
+from attention_cases import (
+    DEVICE,
+    bounds,
+    compare,
+    every_dtype,
+    make,
+    runs_kernel,
+    table,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity import assert_parity, assert_within_budget, outputs_and_gradients
 
 import neobert_kernels as nk
 from neobert_kernels import _runtime
-from neobert_kernels._triton import tl, triton
 from neobert_kernels.ops import attention as module
-from neobert_kernels.ops.attention import tiles
-from neobert_kernels.ops.attention.device import locate
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.usefixtures("small_tiles")
 LENGTHS = (5, 1, 0, 33, 18, 0, 40, 2)
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-runs_kernel = pytest.mark.skipif(
-    DEVICE.type != "cuda" and not _runtime.INTERPRET, reason="no kernel runs on the CPU"
-)
 on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
-choose = tiles.choose
-
-
-def small(turn_inside):
-    """Tiles of which a short document needs several; a vector of boundaries that is too short."""
-    tile = tiles.Tile(outer=32, inner=16, warps=4, stages=1)
-    return tiles.Tiles(tile, tile, tile, turn_inside, turn_inside, search=4)
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch):
-    if _runtime.INTERPRET:
-        monkeypatch.setattr(
-            tiles, "choose", lambda D, dtype, sm, longest, aligned: small(longest < 64)
-        )
-
-
-@pytest.fixture
-def production_tiles(_small_tiles, monkeypatch):
-    monkeypatch.setattr(tiles, "choose", choose)
-
-
-@pytest.fixture(params=[True, False], ids=["turned inside", "turned before"])
-def turn_inside(request, _small_tiles, monkeypatch):
-    chosen = tiles.choose
-
-    def forced(*arguments):
-        choice = chosen(*arguments)
-        parts = (choice.forward, choice.dq, choice.dkv)
-        return tiles.Tiles(*parts, request.param, request.param, choice.search)
-
-    monkeypatch.setattr(tiles, "choose", forced)
-    return request.param
-
-
-def sm_of_device():
-    """The interpreter has TMA as well."""
-    return _runtime.generation(torch.empty(0, device=DEVICE)) if DEVICE.type == "cuda" else 90
-
-
-def bounds(lengths, device=DEVICE):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-
-
-def make(lengths, dtype=torch.float32, heads=2, groups=None, dim=16):
-    shapes = [(sum(lengths), h, dim) for h in (heads, groups or heads, groups or heads)]
-    qkv = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
-    return qkv, bounds(lengths), max(lengths, default=0)
-
-
-def table(lengths, dim=16):
-    positions = [torch.arange(n, device=DEVICE) for n in lengths]
-    return nk.rope_table(torch.cat(positions), dim)
-
-
-def rotate(x, cos, sin, interleaved):
-    """Each pair as a complex number, turned."""
-    cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
-    half = x.shape[-1] // 2
-    index = torch.arange(x.shape[-1], device=x.device)
-    a, b = (index[::2], index[1::2]) if interleaved else (index[:half], index[half:])
-    turned = torch.empty_like(x)
-    turned[..., a] = x[..., a] * cos - x[..., b] * sin
-    turned[..., b] = x[..., a] * sin + x[..., b] * cos
-    return turned
-
-
-def dense(q, k, v, lengths, cos=None, sin=None, interleaved=False, window=None, scale=None):
-    """The meaning: one [T, T] mask of who sees whom."""
-    T, H, D = q.shape
-    if cos is not None:
-        q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
-    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-    document = torch.tensor([b for b, n in enumerate(lengths) for _ in range(n)], device=q.device)
-    i = torch.arange(T, device=q.device)
-    sees = document[:, None] == document
-    if window is not None:
-        sees = sees & ((i[:, None] - i).abs() <= window)
-    scores = torch.einsum("ihd,jhd->hij", q, k) * (D**-0.5 if scale is None else scale)
-    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~sees, -torch.inf).softmax(-1), v)
-
-
-def compare(lengths, dtype, heads=2, groups=None, dim=16, rope=False, together=False, **options):
-    """Output and every gradient, against the dense mask in float64 and against the reference."""
-    qkv, cu_seqlens, longest = make(lengths, dtype, heads, groups, dim)
-    if rope:
-        options["cos"], options["sin"] = table(lengths, dim)
-
-    def op(*qkv):
-        return nk.attention(*qkv, cu_seqlens, longest, **options)
-
-    def meaning(*qkv):
-        return dense(*qkv, lengths, **options)
-
-    grad = [torch.randn_like(qkv[0])]
-    actual = outputs_and_gradients(op, qkv, grad)
-    exact = outputs_and_gradients(meaning, [x.double() for x in qkv], grad)
-    rounded = outputs_and_gradients(meaning, [x.float() for x in qkv], grad)
-    if together:
-        parts = ([x.flatten() for x in values] for values in (actual, rounded, exact))
-        return assert_within_budget(*map(torch.cat, parts))
-    for i, (a, r, e) in enumerate(zip(actual, rounded, exact, strict=True)):
-        assert_within_budget(a, r.to(dtype), e, f"value {i}")
-    if not _runtime.INTERPRET:  # the reference itself is held against the meaning on a CPU
-        reference = nk.attention_reference
-        assert_parity(op, lambda *qkv: reference(*qkv, cu_seqlens, longest, **options), qkv)
 
 
 VARIANTS = {
@@ -158,29 +53,6 @@ def test_rope_in_either_place_matches_the_dense_mask(turn_inside, interleaved, d
     compare((37, 3), dtype, heads=2, groups=1, rope=True, interleaved=interleaved)
 
 
-@runs_kernel
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
-@pytest.mark.parametrize("dim", [24, 32])
-def test_ropes_place_changes_rounding_at_most(interleaved, dim, monkeypatch):
-    qkv, cu_seqlens, longest = make((37, 3), torch.float16, dim=dim)
-    cos, sin = table((37, 3), dim)
-    results = []
-    for inside in (True, False):
-        monkeypatch.setattr(tiles, "choose", lambda *_, inside=inside: small(inside))
-        results.append(
-            outputs_and_gradients(
-                lambda *qkv: nk.attention(
-                    *qkv, cu_seqlens, longest, cos=cos, sin=sin, interleaved=interleaved
-                ),
-                qkv,
-                [torch.ones_like(qkv[0])],
-            )
-        )
-    # A last bit may differ where sums of 16 channels are cut elsewhere.
-    for a, b in zip(*results, strict=True):
-        assert_within_budget(a, b, b.double())
-
-
 @pytest.mark.parametrize("dim", range(8, 129, 8))
 def test_every_head_size(dim, turn_inside):
     if _runtime.INTERPRET and (dim not in (8, 24, 40, 80, 96, 128) or turn_inside == (dim > 40)):
@@ -191,66 +63,6 @@ def test_every_head_size(dim, turn_inside):
 @pytest.mark.parametrize("dim", [72, 80, 96])
 def test_plain_rows_in_two_parts(dim):
     compare((17, 3), torch.float32, heads=1, dim=dim)
-
-
-@runs_kernel
-@pytest.mark.parametrize("specialized", [False, True], ids=["same warps", "specialized"])
-@pytest.mark.parametrize(
-    "options", [{"dim": 16, "rope": True}, {"dim": 96}, {"window": 3}], ids=str
-)
-def test_bulk_copies_change_no_bit(options, specialized, monkeypatch):
-    """TMA descriptors end with the document; a spare program has nothing to read."""
-    if sm_of_device() < 90:
-        pytest.skip("needs TMA")
-    options, dtype = dict(options), torch.float16
-    dim, lengths = options.pop("dim", 32), (37, 0, 32, 3, 0)
-    qkv, cu_seqlens, longest = make(lengths, dtype, dim=dim)
-    if options.pop("rope", False):
-        options["cos"], options["sin"] = table(lengths, dim)
-    outs = []
-    for bulk in (False, True):
-        choice = small(False)
-        tile = tiles.Tile(64, 16, 4, 2, tma=bulk, specialized=bulk and specialized)
-        forced = tiles.Tiles(tile, choice.dq, choice.dkv, False, False, choice.search)
-        monkeypatch.setattr(tiles, "choose", lambda *_, forced=forced: forced)
-        outs.append(nk.attention(*qkv, cu_seqlens, longest, **options))
-    assert torch.equal(*outs)
-
-
-@runs_kernel
-def test_a_users_allocator_stays(monkeypatch):
-    allocation = pytest.importorskip("triton.runtime._allocation")
-    before = allocation._allocator.get()
-    tile = tiles.Tile(32, 16, 4, 1, tma=sm_of_device() >= 90)
-    forced = tiles.Tiles(tile, tile, tile, False, False)
-    monkeypatch.setattr(tiles, "choose", lambda *_: forced)
-    (q, k, v), cu_seqlens, longest = make((20,))
-    nk.attention(q, k, v, cu_seqlens, longest)
-    assert allocation._allocator.get() is before
-
-
-@runs_kernel
-def test_views_off_16_bytes_are_told_apart(monkeypatch):
-    seen = []
-
-    def spy(D, dtype, sm, longest, aligned):
-        seen.append(aligned)
-        return small(True)
-
-    monkeypatch.setattr(tiles, "choose", spy)
-    flat = torch.randn(3 * 40 * 16 + 1, device=DEVICE)
-    for shift in (0, 1):
-        q, k, v = flat[shift : shift + 3 * 40 * 16].view(3, 20, 2, 16)
-        nk.attention(q, k, v, bounds((20,)), 20)
-    assert seen == [True, False]
-
-
-@pytest.mark.parametrize("longest", [64, 65, 300])
-def test_production_tiles_around_their_edges(longest, production_tiles):
-    if _runtime.INTERPRET and longest == 300:
-        compare((300,), torch.float16, heads=1, rope=True, interleaved=True)
-    else:
-        compare((longest - 1, 1, longest, 0, 63), torch.float16, heads=1, rope=True)
 
 
 @pytest.mark.skipif(_runtime.INTERPRET, reason="takes minutes there")
@@ -455,33 +267,6 @@ def test_backward_gives_the_same_bits_twice():
         assert all(map(torch.equal, first, again))
 
 
-@triton.jit
-def _map_kernel(cu_seqlens_ptr, first_ptr, documents, BLOCK: tl.constexpr, SEARCH: tl.constexpr):
-    slot = tl.program_id(0)
-    start, length, first = locate(cu_seqlens_ptr, documents, slot, BLOCK, SEARCH)
-    tl.store(first_ptr + slot, tl.where(first < length, start + first, -1))
-
-
-@runs_kernel
-@pytest.mark.parametrize(
-    "lengths",
-    [(), (0,), (1,), (32,), (33,), (0, 0, 5, 0), (31, 1, 32, 64, 65, 0), (200, *range(40)),
-     tuple(i % 3 for i in range(90))],
-    ids=lambda lengths: str(len(lengths)),
-)  # fmt: skip
-def test_every_tile_has_one_program_and_no_document_more_than_one_to_spare(lengths):
-    cu_seqlens, block = bounds(lengths), 32
-    slots = sum(lengths) // block + len(lengths)
-    first = torch.full((slots + 1,), -2, dtype=torch.int64, device=DEVICE)
-    if slots:
-        _map_kernel[(slots,)](cu_seqlens, first, len(lengths), BLOCK=block, SEARCH=16)
-    starts = cu_seqlens.tolist()
-    tiles_of = [range(a, b, block) for a, b in itertools.pairwise(starts)]
-    assert [s for s in first.tolist()[:-1] if s >= 0] == [at for r in tiles_of for at in r]
-    needed = sum(map(len, tiles_of))
-    assert needed <= slots <= needed + len(lengths)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_operator_behind_compile_has_the_same_gradients(variant):
     options = dict(VARIANTS[variant])
@@ -564,33 +349,6 @@ def test_more_than_two_to_the_31_elements():
     )  # fmt: skip
     for actual, r, e in zip((out.detach(), grad), rounded, exact, strict=True):
         assert_within_budget(actual[-lengths[-1] :], r, e)
-
-
-SHAPES = [(D, dtype, sm) for D in (32, 64, 96, 128) for dtype in DTYPES for sm in (80, 90, 100)]
-
-
-@pytest.mark.parametrize(("D", "dtype", "sm"), SHAPES, ids=str)
-def test_the_order_of_sums_does_not_depend_on_the_longest_document(D, dtype, sm):
-    inner = {
-        tuple(t.inner for t in (c.forward, c.dq, c.dkv))
-        for c in (
-            choose(D, dtype, sm, n, a)
-            for n in (1, 64, 65, 256, 257, 1 << 20)
-            for a in (False, True)
-        )
-    }
-    assert len(inner) == 1
-
-
-@pytest.mark.parametrize("D", range(8, 129, 8))
-def test_columns_cover_a_row_in_tensor_core_widths(D):
-    for c, needed in ((tiles.columns(D), D), (tiles.halves(D), 2 * (D // 2))):
-        assert c.first + c.second >= needed
-        assert all(part in (16, 32, 64, 128) for part in (c.first, c.second) if part)
-    assert tiles.halves(D).first >= D // 2
-    plain = tiles.columns(D)
-    assert D <= 16 or plain.first + plain.second <= triton.next_power_of_2(D)
-    assert plain.first + plain.second == 96 or D != 96
 
 
 @runs_kernel

@@ -131,6 +131,13 @@ def test_speed_and_its_table() -> None:
     assert "spread 2.00 to 3.00" in table
 
 
+def test_a_share_over_100_percent_is_explained() -> None:
+    result = made_up()
+    assert "More than 100 %" not in demo.speed_table(result)
+    result.patched.tokens[:] = [100 * tokens for tokens in result.patched.tokens]
+    assert "More than 100 %" in demo.speed_table(result).replace("\n", " ")
+
+
 def test_difference_and_cosine_are_the_worst_of_any_text() -> None:
     result = made_up()
     assert (result.max_abs_difference, result.min_cosine) == (0.0, 1.0)

@@ -47,18 +47,23 @@ def _packed_like(qkv: Tensor) -> Tensor:
     return grad if grad.stride(-1) == 1 else _contiguous_like(qkv)
 
 
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor | None,
+    sin: Tensor | None, interleaved: bool, window: int | None, scale: float | None,
+) -> Tensor:  # fmt: skip
+    return attention_reference(
+        q, k, v, cu_seqlens, max_seqlen, cos=cos, sin=sin, interleaved=interleaved, window=window,
+        scale=scale,
+    )  # fmt: skip
+
+
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, cos: Tensor | None,
     sin: Tensor | None, interleaved: bool, window: int | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if _runtime.use_kernel(q):
-        return launch.forward(
-            q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale
-        )  # fmt: skip
-    out = attention_reference(
-        q, k, v, cu_seqlens, max_seqlen, cos=cos, sin=sin, interleaved=interleaved, window=window,
-        scale=scale,
-    )  # fmt: skip
+        return launch.forward(q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
+    out = _reference(q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
     return out.contiguous(), _lse(q)
 
 
@@ -237,10 +242,7 @@ def attention(
         return _Attention.apply(
             q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale
         )
-    return attention_reference(
-        q, k, v, cu_seqlens, max_seqlen, cos=cos, sin=sin, interleaved=interleaved, window=window,
-        scale=scale,
-    )  # fmt: skip
+    return _reference(q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
 
 
 def qkv_attention(
@@ -280,10 +282,7 @@ def qkv_attention(
         return _QKVAttention.apply(
             qkv, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale
         )
-    return attention_reference(
-        q, k, v, cu_seqlens, max_seqlen, cos=cos, sin=sin, interleaved=interleaved, window=window,
-        scale=scale,
-    )  # fmt: skip
+    return _reference(q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
 
 
 _runtime.operator(attention, attention_reference, launch.KERNELS, launch.launches)

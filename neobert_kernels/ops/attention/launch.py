@@ -13,7 +13,7 @@ from neobert_kernels._triton import triton
 from neobert_kernels.ops.attention import tiles
 from neobert_kernels.ops.attention.backward import dkv_kernel, dq_kernel
 from neobert_kernels.ops.attention.forward import forward_kernel
-from neobert_kernels.ops.rope import neighbouring, turn
+from neobert_kernels.ops.rope import turn
 
 KERNELS = (forward_kernel, dq_kernel, dkv_kernel)
 
@@ -54,7 +54,7 @@ class Form:
 
 def _rows(x: Tensor) -> Tensor:
     """``x`` itself where its channels are neighbours and a tile's offsets fit into 32 bits."""
-    return neighbouring(x) if x.stride(0) < 2**31 // 128 else x.contiguous()
+    return _runtime.neighbouring(x) if x.stride(0) < 2**31 // 128 else x.contiguous()
 
 
 def _aligned(x: Tensor) -> bool:

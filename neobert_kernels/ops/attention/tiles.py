@@ -3,9 +3,11 @@
 Nothing here has been measured on a GPU. Each number is argued from the ahead-of-time report in
 docs/attention.md: registers without a spill, shared memory, and so blocks per multiprocessor.
 
-Only the outer tile (a program's own rows) and RoPE's place depend on the longest document. The
-inner tile, which fixes the order of every sum, does not: a document gives the same bits whatever
-documents share its batch.
+Only the outer tile (a program's own rows), TMA and RoPE's place depend on the longest document. The
+inner tile, which fixes the order of sums over tokens, does not: without RoPE a document gives the
+same bits whatever documents share its batch. With it, a batch whose longest document is over
+`TURN_INSIDE` may differ in the last bit from one where it is not: channels are added in another
+order.
 """
 
 import functools

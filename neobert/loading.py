@@ -1,0 +1,146 @@
+"""A model folder or hub id as a model and a tokenizer: safetensors only, never remote code.
+
+Whatever is missing or damaged is one error that names it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neobert.sentence_files import SentenceSettings
+from neobert_kernels import patching
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json"]
+
+
+def model_folder(model: str | os.PathLike[str], revision: str | None) -> Path:
+    """The local folder of a model, downloading a hub id's files (and no pickle) if needed."""
+    path = Path(model)
+    if not path.is_dir():
+        if path.exists() or path.is_absolute() or str(model).startswith((".", "~")):
+            got = "a file" if path.exists() else "nothing"
+            raise OSError(f"model: expected a folder or a hub id, got {got} at {path}")
+        path = _download(str(model), revision)
+    elif revision is not None:
+        raise ValueError(f"revision: expected none for a local folder, got {revision!r}")
+    if not (path / "config.json").is_file():
+        raise OSError(f"model: expected a folder with config.json, got {model}")
+    if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+        found = ", ".join(sorted(p.name for p in path.glob("*.bin"))) or "none"
+        raise OSError(f"model: expected safetensors weights in {model}, got {found}")
+    return path
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except HFValidationError:
+        reason = "not the form of a hub id"
+    except LocalEntryNotFoundError:
+        reason = "the hub cannot be reached and the model is not in the local cache"
+    except HfHubHTTPError as error:
+        reason = str(error).splitlines()[0]
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+    raise OSError(f"model: expected a folder or a hub id, got {name!r} ({reason})")
+
+
+def model_family(folder: Path, patched: bool) -> str:
+    try:
+        family = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"config.json: expected a JSON object, got {error}") from None
+    supported = patching.supported_families()
+    if patched and family not in supported:
+        raise ValueError(
+            f"model: expected a supported family ({', '.join(supported)}), got {family!r}; "
+            "unpatched it still works where transformers knows it"
+        )
+    return str(family)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No bar per tensor and no load report: what is wrong with a checkpoint becomes an error."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_model(folder: Path, family: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModel
+
+    import neobert  # noqa: F401  (registers NeoBERT)
+    from neobert import checkpoint
+
+    # The pooler is not used here, and checkpoints of sentence encoders often lack it.
+    options = {"add_pooling_layer": False} if family == "bert" else {}
+    with _quiet_loading(), checkpoint.readable(folder):
+        model, info = AutoModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    checkpoint.check_loaded(model, info, folder)
+    return model
+
+
+def load_tokenizer(folder: Path, vocabulary: int) -> Any:
+    from transformers import AutoTokenizer
+
+    # Without any of them transformers builds a tokenizer that knows no word.
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise OSError(f"model: expected one of {', '.join(_VOCABULARIES)} in {folder}, got none")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"model: expected tokenizer files in {folder}, got {reason}") from None
+    if not tokenizer.is_fast:
+        raise ValueError(f"model: expected a fast tokenizer, got {type(tokenizer).__name__}")
+    if len(tokenizer) > vocabulary:
+        rule = f"a tokenizer of at most {vocabulary} tokens (the model's vocab_size)"
+        raise ValueError(f"model: expected {rule}, got {len(tokenizer)}")
+    return tokenizer
+
+
+def text_length(asked: int | None, settings: SentenceSettings, tokenizer: Any, config: Any) -> int:
+    most = int(config.max_position_embeddings)
+    if asked is not None and asked > most:
+        raise ValueError(f"max_length: expected at most {most} (this model's), got {asked}")
+    return asked or min(settings.max_length or most, int(tokenizer.model_max_length), most)
+
+
+def digest(folder: Path) -> str:
+    """A short hash of every file that decides the numbers (about a second per GB of weights)."""
+    hashed = hashlib.sha256()
+    files = {*folder.glob("*.json"), *folder.glob("*/config.json"), *folder.glob("*.txt")}
+    for path in sorted({*files, *folder.glob("*.safetensors")}):
+        hashed.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                hashed.update(block)
+    return hashed.hexdigest()[:16]
