@@ -204,7 +204,7 @@ def choice(itemsize: int, backward: bool) -> Choice:
     gives the largest exp(0), and at a low temperature a gradient shows the difference.
     """
     if itemsize == 4:
-        return Choice(32, 32, 16, 32, 8, 1, registers=168)
+        return Choice(32, 32, 16, 32, 8, 1, registers=255)
     return Choice(64, 64, 32, 128, 8, 2) if backward else Choice(128, 64, 64, 128, 8, 3)
 
 
