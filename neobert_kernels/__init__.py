@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     )
     from neobert_kernels.ops.rope import rope, rope_reference, rope_table, rope_table_reference
     from neobert_kernels.ops.swiglu import geglu, geglu_reference, swiglu, swiglu_reference
-    from neobert_kernels.patching import PatchReport, patch, unpatch
+    from neobert_kernels.patching import PatchReport, patch, patched, unpatch
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,7 @@ _WHERE = {
     "ops.rms_norm": ("add_rms_norm", "rms_norm"),
     "ops.rope": ("rope", "rope_table"),
     "ops.swiglu": ("geglu", "swiglu"),
-    "patching": ("PatchReport", "patch", "unpatch"),
+    "patching": ("PatchReport", "patch", "patched", "unpatch"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 _MODULE_OF |= {
@@ -90,6 +90,7 @@ __all__ = [
     "mean_pool",
     "mean_pool_reference",
     "patch",
+    "patched",
     "qkv_attention",
     "qkv_attention_reference",
     "rms_norm",

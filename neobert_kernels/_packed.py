@@ -41,15 +41,15 @@ class Packing:
         flat = x.reshape(self.batch_size * self.padded_length, *x.shape[2:])
         return flat if len(self.indices) == len(flat) else flat.index_select(0, self.indices)
 
-    def unpack(self, x: Tensor) -> Tensor:
-        """``[T, ...]`` to ``[B, S, ...]``, zeros at the padding, differentiable."""
+    def unpack(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """``[T, ...]`` to ``[B, S, ...]``, ``fill`` at the padding, differentiable."""
         _check.tensor("x", x, least_ndim=1)
         if len(x) != len(self.indices):
             raise _check.error("x", f"{len(self.indices)} tokens", f"shape {tuple(x.shape)}")
         _check.device("x", x, self.indices.device)
         slots = self.batch_size * self.padded_length
         if len(x) != slots:
-            x = x.new_zeros(slots, *x.shape[1:]).index_copy(0, self.indices, x)
+            x = x.new_full((slots, *x.shape[1:]), fill).index_copy(0, self.indices, x)
         return x.view(self.batch_size, self.padded_length, *x.shape[1:])
 
 

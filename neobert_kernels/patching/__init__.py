@@ -8,19 +8,24 @@ the embedding and unpacked once after the last layer.
 
 import importlib
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from neobert_kernels import _check, _runtime
+from neobert_kernels.patching.family import OPTIONS, Family, Options, base_forward
 
-# Class of the base model: (family, module with `check`, `replacements` and `OPERATORS`).
+_MODELS = "transformers.models"
+# Class of the base model: the module whose ``FAMILY`` describes it.
 ADAPTERS = {
-    "transformers.models.bert.modeling_bert.BertModel": ("bert", "neobert_kernels.patching.bert"),
-    "neobert.model.NeoBERTModel": ("neobert", "neobert_kernels.patching.neobert"),
+    f"{_MODELS}.bert.modeling_bert.BertModel": "bert",
+    f"{_MODELS}.roberta.modeling_roberta.RobertaModel": "roberta",
+    f"{_MODELS}.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel": "xlm_roberta",
+    "neobert.model.NeoBERTModel": "neobert",
 }
 
 
@@ -77,15 +82,28 @@ def _counted(entries: list[Entry]) -> dict[tuple[str, str], int]:
 
 def supported_families() -> tuple[str, ...]:
     """Names of the encoder families that `patch` knows."""
-    return tuple(sorted({family for family, _ in ADAPTERS.values()}))
+    return tuple(sorted(set(ADAPTERS.values())))
 
 
-def patch(model: nn.Module) -> PatchReport:
+def patch(
+    model: nn.Module,
+    *,
+    packed_output: bool = False,
+    mlm_logits: bool | None = None,
+    labelled_rows_only: bool = False,
+) -> PatchReport:
     """Let the encoder inside ``model`` run on our operators, with and without padding.
 
     Args:
         model: A base model, a model with a head, or any module that contains one of a supported
             family (a SentenceTransformer, a PEFT model).
+        packed_output: Return hidden states and token logits of a padded batch as ``[1, T, ...]``,
+            the real tokens only (`unpad` of the mask says which), instead of ``[B, S, ...]``.
+        mlm_logits: Whether a masked-LM head that gets labels also returns logits. Without them the
+            vocabulary is only touched at labelled tokens, and ``logits`` is None. Default: no in
+            training mode, yes in evaluation mode.
+        labelled_rows_only: Where a masked-LM head returns no logits, let the last layer's output
+            projection and feed-forward, too, run at labelled tokens only.
 
     Returns:
         What was replaced, what was left, and which implementation each operator uses.
@@ -94,6 +112,8 @@ def patch(model: nn.Module) -> PatchReport:
         ValueError: No supported encoder is inside, it is already patched, or part of it is not as
             its family builds it. Nothing is changed then, and the unpatched model still works.
     """
+    options = Options(packed_output, mlm_logits, labelled_rows_only)
+    _check_options(options)
     if not isinstance(model, nn.Module):
         raise _check.error("model", "a torch.nn.Module", type(model).__name__)
     if next(_patched(model), None) is not None:
@@ -102,12 +122,13 @@ def patch(model: nn.Module) -> PatchReport:
     replacements: list[Replacement] = []
     operators: set[str] = set()
     device = torch.device("cpu")
-    for name, base, family, adapter in _find(model):
+    for name, base, family in _find(model):
         _check_parameters(name, base)
-        adapter.check(base)
-        replacements += adapter.replacements(name, base)
-        operators |= set(adapter.OPERATORS)
-        families[name] = family
+        family.check(base)
+        replacements += _in_base(name, base, family)
+        replacements += _heads_over(model, base, family)
+        operators |= set(family.operators)
+        families[name] = family.name
         device = next(base.parameters()).device
     if not families:
         raise _check.error(
@@ -119,11 +140,12 @@ def patch(model: nn.Module) -> PatchReport:
         _check_plain_forward(each)
     for each in replacements:
         each.module.forward = types.MethodType(each.forward, each.module)
+        each.module.__dict__[OPTIONS] = options
     _runtime.load_operators()
     return PatchReport(
         families=families,
         replaced=[Entry(r.name, type(r.module).__name__, r.what) for r in replacements],
-        left=list(_left(model, families)),
+        left=list(_left(model, {r.name for r in replacements})),
         implementations={name: _runtime.implementation(name, device) for name in sorted(operators)},
     )
 
@@ -136,17 +158,31 @@ def unpatch(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise _check.error("model", "a torch.nn.Module", type(model).__name__)
-    patched = list(_patched(model))
-    if not patched:
+    patched_modules = list(_patched(model))
+    if not patched_modules:
         raise _check.error("model", "a patched model", "one that is not patched")
-    for module in patched:
+    for module in patched_modules:
         del module.forward
+        del module.__dict__[OPTIONS]
 
 
-def replacement(fn: Callable) -> Callable:
-    """Mark ``fn`` as ours, so that `unpatch` finds it on a module, also on a deep copy."""
-    fn.__dict__["_neobert_kernels"] = True
-    return fn
+@contextmanager
+def patched(model: nn.Module, **options: bool | None) -> Iterator[PatchReport]:
+    """`patch` for the length of a with statement; takes what `patch` takes."""
+    report = patch(model, **options)  # type: ignore[arg-type]
+    try:
+        yield report
+    finally:
+        unpatch(model)
+
+
+def _check_options(options: Options) -> None:
+    for name, value in vars(options).items():
+        if not isinstance(value, bool) and not (name == "mlm_logits" and value is None):
+            raise _check.error(name, "True or False", repr(value))
+    if options.labelled_rows_only and options.mlm_logits:
+        rule = "False where mlm_logits are wanted at every token"
+        raise _check.error("labelled_rows_only", rule, True)
 
 
 def _patched(model: nn.Module) -> Iterator[nn.Module]:
@@ -156,21 +192,52 @@ def _patched(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
+def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module, Family]]:
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
-            entry = ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
+            adapter = ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
             # A subclass with a forward of its own computes something that we do not know.
-            if entry and type(module).forward is cls.forward:  # type: ignore[attr-defined]
-                yield name, module, entry[0], importlib.import_module(entry[1])
+            if adapter and type(module).forward is cls.forward:  # type: ignore[attr-defined]
+                yield name, module, importlib.import_module(f"{__name__}.{adapter}").FAMILY
                 break
 
 
-def _left(model: nn.Module, bases: Iterable[str]) -> Iterator[Entry]:
-    """The children of ``model`` that neither are nor contain a patched base."""
-    for name, child in model.named_children():
-        if not any(base in ("", name) or base.startswith(f"{name}.") for base in bases):
-            yield Entry(name, type(child).__name__, "outside the encoder, unchanged")
+def _in_base(name: str, base: nn.Module, family: Family) -> Iterator[Replacement]:
+    forward = base_forward(type(base), family)  # type: ignore[arg-type]
+    yield Replacement(name, base, forward, "packs once, unpacks once")
+    prefix = f"{name}." if name else ""
+    for layer_name, layer in family.layers(base):
+        yield Replacement(prefix + layer_name, layer, family.layer_forward, family.what)
+
+
+def _heads_over(model: nn.Module, base: nn.Module, family: Family) -> Iterator[Replacement]:
+    """The head model around ``base``, if it is one whose forward we know."""
+    for name, module in model.named_modules():
+        if getattr(module, getattr(module, "base_model_prefix", ""), None) is not base:
+            continue
+        for cls in type(module).__mro__:
+            maker = family.heads.get(cls.__name__)
+            same_package = cls.__module__.split(".")[:-1] == type(base).__module__.split(".")[:-1]
+            if maker and same_package and type(module).forward is cls.forward:  # type: ignore[attr-defined]
+                yield Replacement(name, module, maker(cls), "reads packed output")
+                break
+
+
+def _left(model: nn.Module, replaced: set[str]) -> Iterator[Entry]:
+    """Head models that keep their forward, and children outside every encoder."""
+    for name, module in model.named_modules():
+        inside = any(name == r or not r or name.startswith(f"{r}.") for r in replaced)
+        if inside:
+            continue
+        contains = any(not name or r.startswith(f"{name}.") for r in replaced)
+        parent = name.rpartition(".")[0]
+        parent_contains = any(not parent or r.startswith(f"{parent}.") for r in replaced)
+        if contains:
+            if hasattr(module, "base_model_prefix"):
+                why = "its own forward, on the layout that the caller sent"
+                yield Entry(name, type(module).__name__, why)
+        elif parent_contains:
+            yield Entry(name, type(module).__name__, "outside the encoder, unchanged")
 
 
 def _check_parameters(name: str, base: nn.Module) -> None:
@@ -192,9 +259,3 @@ def _check_plain_forward(each: Replacement) -> None:
             f"{each.name or 'the model'}, whose forward was already replaced "
             "(an accelerate hook, or another library's patch)",
         )
-
-
-def expect(module: Any, cls: type, name: str) -> None:
-    """An adapter's check that a part is just what its family builds."""
-    if type(module) is not cls:
-        raise _check.error("model", f"{name} to be {cls.__name__}", type(module).__name__)

@@ -1,6 +1,7 @@
 """One call's input in packed form, however the caller laid it out."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,9 +31,16 @@ class Batch:
         """``[B, S, ...]`` (packed: ``[1, T, ...]``) to ``[T, ...]``."""
         return x.flatten(0, 1) if self.packing is None else self.packing.pack(x)
 
-    def unpack(self, x: Tensor) -> Tensor:
-        """``[T, ...]`` back to what the caller sent; zeros at the padding."""
-        return x[None] if self.packing is None else self.packing.unpack(x)
+    def unpack(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """``[T, ...]`` back to what the caller sent; ``fill`` at the padding."""
+        return x[None] if self.packing is None else self.packing.unpack(x, fill)
+
+    def layout(self, packed: bool) -> Callable[[Tensor], Tensor]:
+        """`unpack`, or where ``packed`` output was asked for, ``[T, ...]`` to ``[1, T, ...]``."""
+        return (lambda x: x[None]) if packed else self.unpack
+
+    def with_positions(self, positions: Tensor) -> "Batch":
+        return replace(self, positions=positions)
 
 
 def read_batch(
@@ -40,7 +48,8 @@ def read_batch(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     kwargs: dict[str, Any],
-    longest: int,
+    longest: int | None,
+    first: int = 0,
 ) -> Batch:
     """Find the documents of a call.
 
@@ -48,10 +57,11 @@ def read_batch(
         tokens: ``input_ids [B, S]`` or ``inputs_embeds [B, S, C]``.
         attention_mask: ``[B, S]`` or None for a batch without padding.
         position_ids: ``[B, S]`` or ``[1, S]``. With one row and no mask, positions that restart at
-            0 mean packed documents.
+            ``first`` mean packed documents.
         kwargs: May hold ``cu_seq_lens_q`` and ``max_length_q`` (or ``cu_seqlens`` and
             ``max_seqlen``) of a packed ``[1, T]`` input; they are taken out.
-        longest: The model's maximum length in tokens.
+        longest: The model's maximum length in tokens, or None.
+        first: The position of a document's first token.
 
     Raises:
         ValueError: A shape or a combination breaks the rules above, or a document is too long.
@@ -60,12 +70,12 @@ def read_batch(
     if position_ids is not None:
         _check.tensor("position_ids", position_ids, ndim=2)
         _check.shape("position_ids", position_ids, (1 if len(position_ids) == 1 else rows, length))
-    bounds = _boundaries(tokens, attention_mask, position_ids, kwargs)
+    bounds = _boundaries(tokens, attention_mask, position_ids, kwargs, first)
     if bounds is not None:
         cu_seqlens, max_seqlen = bounds
         _check_length(max_seqlen, longest)
         if position_ids is None:
-            positions = restarting_positions(cu_seqlens, length)
+            positions = restarting_positions(cu_seqlens, length) + first
         else:
             positions = position_ids[0]
         return Batch(cu_seqlens, max_seqlen, positions, packing=None)
@@ -78,14 +88,14 @@ def read_batch(
         _check.device("attention_mask", attention_mask, tokens.device)
         packing = unpad(attention_mask)
     if position_ids is None:
-        positions = packing.positions
+        positions = packing.positions + first
     else:
         positions = packing.pack(position_ids.expand(rows, length))
     return Batch(packing.cu_seqlens, packing.max_seqlen, positions, packing)
 
 
-def _check_length(length: int, longest: int) -> None:
-    if length > longest:
+def _check_length(length: int, longest: int | None) -> None:
+    if longest is not None and length > longest:
         raise _check.error("input_ids", f"at most {longest} tokens a document", length)
 
 
@@ -94,6 +104,7 @@ def _boundaries(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     kwargs: dict[str, Any],
+    first: int,
 ) -> tuple[Tensor, int] | None:
     """``(cu_seqlens, max_seqlen)`` of an input that the caller packed, else None."""
     found, names = None, ("", "")
@@ -117,14 +128,20 @@ def _boundaries(
     if position_ids is None or attention_mask is not None or len(tokens) != 1:
         return None
     positions = position_ids[0]
-    starts = (positions == 0).nonzero().squeeze(1)
+    starts = (positions == first).nonzero().squeeze(1)
+    if first and len(zeros := (positions == 0).nonzero()) > 1:
+        rule = f"packed documents that start at position {first}, as this model counts"
+        got = f"{len(zeros)} that start at 0 (pass cu_seq_lens_q and max_length_q instead)"
+        raise _check.error("position_ids", rule, got)
     if len(starts) < 2:
         return None
     bounds = torch.cat([starts, starts.new_tensor([len(positions)])]).int()
-    if not torch.equal(positions, restarting_positions(bounds, len(positions)).to(positions)):
-        raise _check.error(
-            "position_ids", "0, 1, 2, ... from each restart", "positions that skip or repeat"
-        )
+    if int(bounds[0]):
+        raise _check.error("position_ids", f"a first position of {first}", int(positions[0]))
+    expected = restarting_positions(bounds, len(positions)) + first
+    if not torch.equal(positions, expected.to(positions)):
+        rule = f"{first}, {first + 1}, {first + 2}, ... from each restart"
+        raise _check.error("position_ids", rule, "positions that skip or repeat")
     return bounds, int(bounds.diff().max())
 
 
@@ -134,19 +151,22 @@ def setting(kwargs: dict[str, Any], name: str, config: Any) -> bool:
     return bool(getattr(config, name, False) if value is None else value)
 
 
-def refuse_attentions(kwargs: dict[str, Any], config: Any) -> None:
-    if setting(kwargs, "output_attentions", config):
-        raise _check.error(
-            "output_attentions",
-            "False in a patched model (fused attention never forms the weights; unpatch first)",
-            True,
-        )
+# Arguments of transformers' attention functions and decoders that change what is computed.
+_IGNORED = (
+    "cache",
+    "encoder_attention_mask",
+    "encoder_hidden_states",
+    "head_mask",
+    "is_causal",
+    "past_key_values",
+    "sliding_window",
+)
 
 
-def refuse_attention_dropout(training: bool, probability: float) -> None:
-    if training and probability > 0:
-        raise _check.error(
-            "attention dropout",
-            "0 while training a patched model (set it in the config, or unpatch)",
-            probability,
-        )
+def refuse_ignored(kwargs: dict[str, Any]) -> None:
+    """Raise for an argument that would change the result and that a patched encoder ignores."""
+    for name in _IGNORED:
+        value = kwargs.get(name)
+        if value is not None and value is not False:
+            got = value if isinstance(value, int) else type(value).__name__
+            raise _check.error(name, "None in a patched encoder, which would ignore it", got)

@@ -1,47 +1,40 @@
-"""NeoBERT: rotary positions, pre-norm, SwiGLU; q, k and v packed head by head.
-
-Between layers the residual stream travels as two tensors, ``x`` and the ``delta`` still to be
-added, so that each addition is fused with the norm that follows it, across layers too.
-"""
+"""NeoBERT: rotary positions, pre-norm, SwiGLU; q, k and v packed head by head."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import neobert_kernels as nk
-from neobert_kernels import _check
-from neobert_kernels.patching import Replacement, expect, replacement
-from neobert_kernels.patching.batch import read_batch, refuse_attentions, setting
+from neobert_kernels.patching import heads
+from neobert_kernels.patching.batch import Batch
+from neobert_kernels.patching.blocks import at, expect, rms_norm, run_pre_norm
+from neobert_kernels.patching.family import Family, Packed, replacement
 
-OPERATORS = ("add_rms_norm", "qkv_attention", "rms_norm", "rope_table", "swiglu")
+OPERATORS = (
+    "add_rms_norm", "first_pool", "linear_cross_entropy", "qkv_attention", "rms_norm",
+    "rope_table", "swiglu",
+)  # fmt: skip
 
 
 def check(base: Any) -> None:
-    """Raise ValueError unless every part is one that the forwards below understand."""
+    """Raise ValueError unless every part is one that the functions below understand."""
     from neobert.model import NeoBERTLayer, NeoBERTRMSNorm
 
-    for i, layer in enumerate(base.transformer_encoder):
-        name = f"transformer_encoder.{i}"
-        expect(layer, NeoBERTLayer, name)
+    for name, layer in layers(base):
+        expect(layer, NeoBERTLayer, name, called=True)
         expect(layer.attention_norm, NeoBERTRMSNorm, f"{name}.attention_norm")
         expect(layer.ffn_norm, NeoBERTRMSNorm, f"{name}.ffn_norm")
     expect(base.layer_norm, NeoBERTRMSNorm, "layer_norm")
 
 
-def replacements(name: str, base: Any) -> Iterator[Replacement]:
-    yield Replacement(name, base, model_forward, "packs once, unpacks once")
-    prefix = f"{name}." if name else ""
+def layers(base: Any) -> Iterator[tuple[str, nn.Module]]:
     for i, layer in enumerate(base.transformer_encoder):
-        what = "packed RoPE-attention, SwiGLU, norms fused with their residual"
-        yield Replacement(f"{prefix}transformer_encoder.{i}", layer, layer_forward, what)
+        yield f"transformer_encoder.{i}", layer
 
 
-def _norm(norm: Any, delta: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(rms_norm(x + delta), x + delta)``."""
-    if delta is None:
-        return nk.rms_norm(x, norm.weight, norm.eps), x
-    return nk.add_rms_norm(delta, x, norm.weight, norm.eps)
+def embed(base: Any, batch: Batch, tokens: Tensor, extras: dict[str, Tensor]) -> Tensor:
+    return tokens if tokens.is_floating_point() else base.encoder(tokens)
 
 
 @replacement
@@ -53,51 +46,66 @@ def layer_forward(
     sin: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One block on packed tokens: ``x`` and ``delta``, both ``[T, C]``, to the next pair."""
-    u, x = _norm(self.attention_norm, delta, x)
+    norm = self.attention_norm
+    u, x = rms_norm(norm.weight, norm.eps, x, delta)
     qkv = self.qkv(u).unflatten(-1, (self.heads, 3, self.head_size))
     context = nk.qkv_attention(qkv, cu_seqlens, max_seqlen, cos=cos, sin=sin, interleaved=True)
-    u, x = _norm(self.ffn_norm, self.wo(context.flatten(1)), x)
+    norm = self.ffn_norm
+    u, x = rms_norm(norm.weight, norm.eps, at(rows, x), self.wo(at(rows, context.flatten(1))))
     return x, self.ffn.w3(nk.swiglu(self.ffn.w12(u)))
 
 
-@replacement
-def model_forward(
-    self: Any,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-    **kwargs: Any,
-) -> Any:
-    """``NeoBERTModel.forward`` on real tokens only; also takes packed input (see `read_batch`)."""
-    from transformers.modeling_outputs import BaseModelOutput
-
-    if (input_ids is None) == (inputs_embeds is None):
-        got = "neither" if input_ids is None else "both"
-        raise _check.error("input_ids", "either input_ids or inputs_embeds", got)
-    refuse_attentions(kwargs, self.config)
-    tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
-    _check.tensor("input_ids", tokens, ndim=2 if inputs_embeds is None else 3)
-    keep_all = setting(kwargs, "output_hidden_states", self.config)
-    return_dict = kwargs.get("return_dict")
-    batch = read_batch(tokens, attention_mask, position_ids, kwargs, self.config.max_length)
-
-    x = batch.pack(tokens)
-    x = self.encoder(x) if inputs_embeds is None else x
-    head_size = self.config.hidden_size // self.config.num_attention_heads
-    cos, sin = nk.rope_table(batch.positions, head_size, self.config.rope_theta)
-    states, delta = [x], None
-    for layer in self.transformer_encoder:
-        x, delta = layer(x, delta, cos, sin, batch.cu_seqlens, batch.max_seqlen)
-        if keep_all:
-            states.append(x + delta)
-    y, _ = _norm(self.layer_norm, delta, x)
-    states[-1] = y  # as in the unpatched model, the last state is the final norm's output
-    output = BaseModelOutput(
-        last_hidden_state=batch.unpack(y),
-        hidden_states=tuple(map(batch.unpack, states)) if keep_all else None,
+def run(
+    base: Any, x: Tensor, batch: Batch, states: list[Tensor] | None, rows: Tensor | None
+) -> Tensor:
+    head_size = base.config.hidden_size // base.config.num_attention_heads
+    cos, sin = nk.rope_table(batch.positions, head_size, base.config.rope_theta)
+    context = (cos, sin, batch.cu_seqlens, batch.max_seqlen)
+    norm = base.layer_norm
+    return run_pre_norm(
+        base.transformer_encoder,
+        x,
+        states,
+        rows,
+        context=lambda layer: context,
+        final_norm=lambda x, delta: rms_norm(norm.weight, norm.eps, x, delta),
     )
-    use_dict = self.config.return_dict if return_dict is None else return_dict
-    return output if use_dict else output.to_tuple()
+
+
+def classify(self: Any, packed: Packed) -> Tensor:
+    return self._classify(heads.first_pooled(packed))
+
+
+def token_loss(self: Any, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
+    from neobert.heads import cross_entropy
+
+    return cross_entropy(logits, labels, items)
+
+
+FAMILY = Family(
+    name="neobert",
+    operators=OPERATORS,
+    check=check,
+    layers=layers,
+    layer_forward=layer_forward,
+    what="packed RoPE-attention, SwiGLU, norms fused with their residual",
+    embed=embed,
+    run=run,
+    output="BaseModelOutput",
+    longest=lambda base: base.config.max_length,
+    heads={
+        "NeoBERTForMaskedLM": heads.masked_lm(
+            lambda self, x: x, lambda self: self.decoder, by_items=True, zero_if_empty=True
+        ),
+        "NeoBERTForSequenceClassification": heads.sequence_classification(
+            classify, lambda self, logits, labels, items: self._loss(logits, labels, items)
+        ),
+        "NeoBERTForTokenClassification": heads.token_classification(
+            lambda self, x: self._classify(x), token_loss
+        ),
+        "NeoBERTForQuestionAnswering": heads.question_answering(lambda self, x: self.qa_outputs(x)),
+    },
+)

@@ -392,7 +392,7 @@ def swapped():
             lambda: BASES["neobert"]().to("meta"),
             "weights in memory, got encoder.weight on the meta",
         ),
-        (lambda: BertModel(bert_config(is_decoder=True)), "got a BERT decoder"),
+        (lambda: BertModel(bert_config(is_decoder=True)), "got a decoder"),
         (hooked, "forward of their class, got encoder.layer.1, whose forward was already replaced"),
         (swapped, "transformer_encoder.2.ffn_norm to be NeoBERTRMSNorm, got RMSNorm"),
     ],

@@ -1,0 +1,97 @@
+"""Pieces that several families' blocks share."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+import neobert_kernels as nk
+from neobert_kernels import _check
+
+
+def expect(module: Any, cls: Any, name: str, *, called: bool = False) -> None:
+    """Raise ValueError unless a part is just what its family builds.
+
+    A part that the patched block does not call, only reads weights of, may have no hooks either:
+    they would not run. Those that transformers sets to record outputs are no loss.
+    """
+    if type(module) is not cls:
+        raise _check.error("model", f"{name} to be {cls.__name__}", type(module).__name__)
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if not called and any(not hook.__module__.startswith("transformers.") for hook in hooks):
+        rule = f"{name} without forward hooks (a patched encoder does not call it)"
+        raise _check.error("model", rule, "one that has them")
+
+
+def refuse_attention_dropout(training: bool, probability: float) -> None:
+    if training and probability > 0:
+        raise _check.error(
+            "attention dropout",
+            "0 while training a patched model (set it in the config, or unpatch)",
+            probability,
+        )
+
+
+def heads_of(x: Tensor, head_size: int) -> Tensor:
+    """``[T, H * D]`` to ``[T, H, D]``."""
+    return x.unflatten(-1, (-1, head_size))
+
+
+def at(rows: Tensor | None, x: Tensor) -> Tensor:
+    """``x`` at ``rows``, all of it if they are None."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def layer_norm(norm: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(layer_norm(x + delta), x + delta)``."""
+    if delta is None:
+        return nk.layer_norm(x, norm.weight, norm.bias, norm.eps), x
+    return nk.add_layer_norm(delta, x, norm.weight, norm.bias, norm.eps)
+
+
+def rms_norm(weight: Tensor, eps: float, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(rms_norm(x + delta), x + delta)``."""
+    if delta is None:
+        return nk.rms_norm(x, weight, eps), x
+    return nk.add_rms_norm(delta, x, weight, eps)
+
+
+def run_post_norm(
+    layers: Any, x: Tensor, states: list[Tensor] | None, rows: Tensor | None, *context: Any
+) -> Tensor:
+    """Blocks whose output is the next one's input; ``rows`` only reach the last of them."""
+    if states is not None:
+        states.append(x)
+    last = len(layers) - 1
+    for i, layer in enumerate(layers):
+        x = layer(x, *context, rows if i == last else None)
+        if states is not None:
+            states.append(x)
+    return x
+
+
+def run_pre_norm(
+    layers: Any,
+    x: Tensor,
+    states: list[Tensor] | None,
+    rows: Tensor | None,
+    context: Callable[[Any], tuple],
+    final_norm: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Blocks between which the residual stream travels as ``x`` and the ``delta`` to be added.
+
+    So that each addition is fused with the norm that follows it, across blocks too. The last state
+    is the final norm's output, as in the unpatched models.
+    """
+    if states is not None:
+        states.append(x)
+    delta = None
+    last = len(layers) - 1
+    for i, layer in enumerate(layers):
+        x, delta = layer(x, delta, *context(layer), rows if i == last else None)
+        if states is not None:
+            states.append(x + delta)
+    y, _ = final_norm(x, delta)
+    if states is not None:
+        states[-1] = y
+    return y

@@ -1,0 +1,215 @@
+"""What `patch` has to know about an encoder family, and the forward that all base models share.
+
+An adapter is one module with a ``FAMILY``: how to check a model, how to embed packed tokens, how to
+run the layers over them, and which of its heads read packed output (see ``heads``).
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from neobert_kernels import _check
+from neobert_kernels.patching.batch import Batch, read_batch, refuse_ignored, setting
+
+# The attribute of a patched module that holds its options; `unpatch` deletes it.
+OPTIONS = "_neobert_kernels_options"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keyword arguments of `patch`, explained there."""
+
+    packed_output: bool = False
+    mlm_logits: bool | None = None
+    labelled_rows_only: bool = False
+
+
+class Packed(NamedTuple):
+    """A base model's output before it is laid out as the caller sent the input.
+
+    Attributes:
+        x: ``[T, C]`` last hidden state, or ``[N, C]`` at the rows that were asked for.
+        batch: Boundaries and the way back.
+        states: Hidden states ``[T, C]``, or None.
+        pooled: ``[B, C]``, or None.
+        rows: ``[N]`` int64, the rows of ``x`` that a head asked for; None: all.
+    """
+
+    x: Tensor
+    batch: Batch
+    states: list[Tensor] | None
+    pooled: Tensor | None = None
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One encoder family.
+
+    Attributes:
+        name: As in `PatchReport.families`.
+        operators: Names of the operators used.
+        check: Raises ValueError unless every part of a base model is understood.
+        layers: ``(name, layer)`` of every block of a base model.
+        layer_forward: A block on packed tokens, marked with `replacement`.
+        what: What is fused in a block, for the report.
+        embed: ``(base, batch, tokens, extras)`` to ``[T, C]``.
+        run: ``(base, x, batch, states, rows)`` to ``[T, C]``: all layers and the final norm.
+            Appends to ``states`` unless it is None; computes only ``rows`` of the last layer's
+            output unless they are None.
+        output: Name of the base model's class in ``transformers.modeling_outputs``.
+        longest: The most tokens a document may have, or None where nothing limits them.
+        extras: Names of inputs ``[B, S]`` besides ids, mask and positions.
+        pool: ``(base, x, batch)`` to the pooler's output or None; None if there is no pooler.
+        first_position: Position of a document's first token.
+        positions: ``(base, input_ids, batch)`` to positions ``[T]`` where the caller gives none;
+            None: counted from ``first_position``.
+        heads: Class name of a head model to the maker of its forward.
+    """
+
+    name: str
+    operators: tuple[str, ...]
+    check: Callable[[Any], None]
+    layers: Callable[[Any], Iterable[tuple[str, nn.Module]]]
+    layer_forward: Callable
+    what: str
+    embed: Callable[[Any, Batch, Tensor, dict[str, Tensor]], Tensor]
+    run: Callable[[Any, Tensor, Batch, list[Tensor] | None, Tensor | None], Tensor]
+    output: str
+    longest: Callable[[Any], int | None]
+    extras: tuple[str, ...] = ()
+    pool: Callable[[Any, Tensor, Batch], Tensor | None] | None = None
+    first_position: Callable[[Any], int] | None = None
+    positions: Callable[[Any, Tensor, Batch], Tensor] | None = None
+    heads: Mapping[str, Callable[[type], Callable]] = field(default_factory=dict)
+
+
+def replacement(fn: Callable) -> Callable:
+    """Mark ``fn`` as ours, so that `unpatch` finds it on a module, also on a deep copy."""
+    fn.__dict__["_neobert_kernels"] = True
+    return fn
+
+
+def in_place_of(cls: type, fn: Callable) -> Callable:
+    """``fn(self, inputs)`` as a forward with the signature of ``cls.forward``.
+
+    The signature matters: the Trainer drops data columns that it does not name, and callers pass
+    arguments by position. ``inputs`` holds the arguments by name; a variable keyword is merged in.
+    """
+    signature = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    kinds = [p for p in signature.parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    names = tuple(p.name for p in kinds)[1:]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > len(names):
+            raise TypeError(f"forward takes {len(names)} positional arguments, got {len(args)}")
+        for name, value in zip(names, args, strict=False):
+            if name in kwargs:
+                raise TypeError(f"forward got two values for {name!r}")
+            kwargs[name] = value
+        return fn(self, kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__doc__ = fn.__doc__
+    return replacement(forward)
+
+
+@functools.cache
+def base_forward(cls: type, family: Family) -> Callable:
+    """The forward of a base model of class ``cls``."""
+
+    def forward(self: Any, inputs: dict[str, Any]) -> Any:
+        """The class's forward, on real tokens only; also takes packed input (see `read_batch`)."""
+        head = inputs.pop("_head", None)
+        return_dict = inputs.pop("return_dict", None)
+        packed = encode(self, family, inputs, head)
+        if head is not None:
+            return packed
+        lay_out = packed.batch.layout(getattr(self, OPTIONS).packed_output)
+        output: dict[str, Any] = {
+            "last_hidden_state": lay_out(packed.x),
+            "hidden_states": hidden_states(self, packed),
+        }
+        if family.pool is not None:
+            output["pooler_output"] = packed.pooled
+        return as_output(family.output, output, self.config, return_dict)
+
+    return in_place_of(cls, forward)
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """Passed from a patched head to its base, which then returns `Packed`.
+
+    Attributes:
+        rows: ``(batch)`` to the rows ``[N]`` int64 that the head reads; None: all.
+        in_last_layer: Whether the last layer already computes only those.
+    """
+
+    rows: Callable[[Batch], Tensor] | None = None
+    in_last_layer: bool = False
+
+
+def encode(base: Any, family: Family, inputs: dict[str, Any], head: HeadCall | None) -> Packed:
+    """Check the arguments of a base model's forward, pack, embed, run the layers."""
+    input_ids, embeds = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
+    attention_mask = inputs.pop("attention_mask", None)
+    position_ids = inputs.pop("position_ids", None)
+    if (input_ids is None) == (embeds is None):
+        got = "neither" if input_ids is None else "both"
+        raise _check.error("input_ids", "either input_ids or inputs_embeds", got)
+    if embeds is None:
+        tokens = input_ids
+        _check.tensor("input_ids", tokens, ndim=2)
+        _check.dtype("input_ids", tokens, (torch.int64, torch.int32))
+    else:
+        tokens = embeds
+        _check.tensor("inputs_embeds", tokens, ndim=3)
+        _check.dtype("inputs_embeds", tokens)
+        _check.shape("inputs_embeds", tokens, (*tokens.shape[:2], base.config.hidden_size))
+    keep = setting(inputs, "output_hidden_states", base.config)
+    if setting(inputs, "output_attentions", base.config):
+        rule = "False in a patched model (fused attention never forms the weights; unpatch first)"
+        raise _check.error("output_attentions", rule, True)
+    first = 0 if family.first_position is None else family.first_position(base)
+    batch = read_batch(tokens, attention_mask, position_ids, inputs, family.longest(base), first)
+    if position_ids is None and family.positions is not None and embeds is None:
+        batch = batch.with_positions(family.positions(base, tokens, batch))
+    extras = {name: inputs.pop(name, None) for name in family.extras}
+    refuse_ignored(inputs)
+    for name, value in extras.items():
+        if value is not None:
+            _check.tensor(name, value)
+            _check.shape(name, value, tokens.shape[:2])
+    present = {name: batch.pack(v) for name, v in extras.items() if v is not None}
+    states: list[Tensor] | None = [] if keep else None
+    x = family.embed(base, batch, batch.pack(tokens), present)
+    rows = None if head is None or head.rows is None else head.rows(batch)
+    if rows is None or head is None:
+        x = family.run(base, x, batch, states, None)
+        pooled = None if family.pool is None else family.pool(base, x, batch)
+        return Packed(x, batch, states, pooled)
+    early = head.in_last_layer and not keep  # hidden states are wanted at every token
+    x = family.run(base, x, batch, states, rows if early else None)
+    return Packed(x if early else x.index_select(0, rows), batch, states, rows=rows)
+
+
+def hidden_states(base: Any, packed: Packed) -> tuple[Tensor, ...] | None:
+    """Hidden states in the layout that the caller expects; None if they were not asked for."""
+    if packed.states is None:
+        return None
+    return tuple(map(packed.batch.layout(getattr(base, OPTIONS).packed_output), packed.states))
+
+
+def as_output(kind: str, values: dict[str, Any], config: Any, return_dict: bool | None) -> Any:
+    """``values`` as the named class of ``transformers.modeling_outputs``, or as a tuple."""
+    from transformers import modeling_outputs
+
+    output = getattr(modeling_outputs, kind)(**values)
+    use_dict = config.return_dict if return_dict is None else return_dict
+    return output if use_dict else output.to_tuple()

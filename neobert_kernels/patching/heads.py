@@ -1,0 +1,320 @@
+"""Forwards of head models that read the encoder's packed output.
+
+Each function here makes a maker: called with a head model's class, it returns the forward that
+`patch` puts on an instance. Results are those of the class's own forward on real tokens; at
+padding, logits are zero (spans: the lowest number, so that no span can lie there), and labels there
+are ignored. An adapter says how its family turns hidden states into logits; what is shared is here.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import neobert_kernels as nk
+from neobert_kernels import _check
+from neobert_kernels.patching.batch import Batch
+from neobert_kernels.patching.family import (
+    OPTIONS,
+    HeadCall,
+    Options,
+    Packed,
+    as_output,
+    hidden_states,
+    in_place_of,
+)
+
+IGNORE_INDEX = -100
+
+Maker = Callable[[type], Callable]
+Score = Callable[[Any, Tensor], Tensor]
+Pool = Callable[[Any, Packed], Tensor]
+Loss = Callable[[Any, Tensor, Tensor, Any], Tensor]
+
+
+def mean_pooled(x: Packed) -> Tensor:
+    return nk.mean_pool(x.x, x.batch.cu_seqlens)
+
+
+def first_pooled(x: Packed) -> Tensor:
+    return nk.first_pool(x.x, x.batch.cu_seqlens)
+
+
+def pooled(self: Any, packed: Packed) -> Tensor:
+    """What the base model's pooler made."""
+    if packed.pooled is None:
+        raise _check.error("model", "a base model with a pooler", type(self).__name__)
+    return packed.pooled
+
+
+def _base(self: Any) -> nn.Module:
+    return getattr(self, self.base_model_prefix)
+
+
+def _call_base(self: Any, inputs: dict[str, Any], head: HeadCall) -> Packed:
+    """Through ``__call__``, so that hooks on the base model run."""
+    return _base(self)(**inputs, _head=head)
+
+
+def _output(
+    self: Any,
+    kind: str,
+    packed: Packed,
+    return_dict: bool | None,
+    **values: Any,
+) -> Any:
+    values["hidden_states"] = hidden_states(self, packed)
+    return as_output(kind, values, self.config, return_dict)
+
+
+def _lay_out(self: Any, packed: Packed, x: Tensor) -> Tensor:
+    return packed.batch.layout(getattr(self, OPTIONS).packed_output)(x)
+
+
+def _labels(name: str, labels: Tensor, packed: Batch, like: Tensor) -> Tensor:
+    """Token labels ``[B, S]`` (packed: ``[1, T]``) as ``[T]``."""
+    _check.tensor(name, labels, ndim=2)
+    if packed.packing is None:
+        _check.shape(name, labels, (1, len(packed.positions)))
+    return packed.pack(labels.to(like.device))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, items: Any = None) -> Tensor:
+    """Mean over the labels that count, or their sum over ``items``; in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if items is None:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum") / items
+
+
+# --- masked LM
+
+
+def masked_lm(
+    hidden: Score,
+    decoder: Callable[[Any], Any],
+    by_items: bool = False,
+    zero_if_empty: bool = False,
+) -> Maker:
+    """Masked LM.
+
+    Args:
+        hidden: ``(model, [N, C])`` to what the decoder reads.
+        decoder: The Linear over the vocabulary.
+        by_items: Whether the family's loss is divided by the Trainer's ``num_items_in_batch``.
+        zero_if_empty: Whether a batch without any label has loss 0; else NaN, as torch's mean.
+    """
+
+    @functools.cache
+    def maker(cls: type) -> Callable:
+        def forward(self: Any, inputs: dict[str, Any]) -> Any:
+            """The class's forward; while training with labels, without logits (see `patch`)."""
+            options = getattr(self, OPTIONS)
+            labels = inputs.pop("labels", None)
+            return_dict = inputs.pop("return_dict", None)
+            items = inputs.pop("num_items_in_batch", None) if by_items else None
+            if labels is not None and not _wants_logits(self, options, decoder(self)):
+                total, packed = _loss_only(self, inputs, labels, items, options)
+                return _output(self, "MaskedLMOutput", packed, return_dict, loss=total)
+            packed = _call_base(self, inputs, HeadCall())
+            logits = decoder(self)(hidden(self, packed.x))
+            loss = None
+            if labels is not None:
+                labels = _labels("labels", labels, packed.batch, logits)
+                if zero_if_empty and items is None:
+                    items = (labels != IGNORE_INDEX).sum().clamp(min=1)
+                loss = _full_loss(self, logits, labels, items)
+            logits = _lay_out(self, packed, logits)
+            return _output(self, "MaskedLMOutput", packed, return_dict, loss=loss, logits=logits)
+
+        def _loss_only(
+            self: Any, inputs: dict[str, Any], labels: Tensor, items: Any, options: Options
+        ) -> tuple[Tensor, Packed]:
+            def labelled(batch: Batch) -> Tensor:
+                own = _labels("labels", labels, batch, batch.positions)
+                return (own != IGNORE_INDEX).nonzero().squeeze(1)
+
+            packed = _call_base(self, inputs, HeadCall(labelled, options.labelled_rows_only))
+            x, rows = packed.x, packed.rows
+            assert rows is not None
+            own = _labels("labels", labels, packed.batch, x).index_select(0, rows)
+            out = decoder(self)
+            total = nk.linear_cross_entropy(
+                hidden(self, x), out.weight, own, out.bias, reduction="sum", rows=len(own)
+            )
+            if items is None:
+                items = max(len(own), 1) if zero_if_empty else len(own)
+            return total / items, packed
+
+        return in_place_of(cls, forward)
+
+    return maker
+
+
+def _wants_logits(self: Any, options: Options, decoder: Any) -> bool:
+    if options.mlm_logits is not None:
+        return options.mlm_logits
+    # A decoder that is more than its weight and bias (LoRA, a hook), or a loss of the user's own,
+    # has to be called.
+    plain = type(decoder) is nn.Linear and not decoder._forward_hooks
+    return not (self.training and plain and "_loss_function" not in vars(self))
+
+
+def _full_loss(self: Any, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
+    if "_loss_function" in vars(self):
+        options = {} if items is None else {"num_items_in_batch": items}
+        vocabulary = self.config.vocab_size
+        return self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **options)
+    return cross_entropy(logits, labels, items)
+
+
+# --- sequences: one prediction per document
+
+
+def classification_loss(self: Any, logits: Tensor, labels: Tensor, items: Any = None) -> Tensor:
+    """By ``config.problem_type``, which is set at the first call as transformers sets it."""
+    config = self.config
+    labels = labels.to(logits.device)
+    if config.problem_type is None:
+        if config.num_labels == 1:
+            config.problem_type = "regression"
+        elif labels.dtype in (torch.int64, torch.int32):
+            config.problem_type = "single_label_classification"
+        else:
+            config.problem_type = "multi_label_classification"
+    if config.problem_type == "regression":
+        same = logits.numel() == labels.numel()
+        return F.mse_loss(
+            logits.flatten() if same else logits, labels.flatten() if same else labels
+        )
+    if config.problem_type == "single_label_classification":
+        return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
+    return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+def sequence_classification(classify: Pool, loss_of: Loss = classification_loss) -> Maker:
+    """Sequence classification; ``classify(model, packed)`` gives logits ``[B, num_labels]``."""
+
+    @functools.cache
+    def maker(cls: type) -> Callable:
+        def forward(self: Any, inputs: dict[str, Any]) -> Any:
+            """The class's forward on packed output; packed input gives one row per document."""
+            labels, return_dict = inputs.pop("labels", None), inputs.pop("return_dict", None)
+            items = inputs.pop("num_items_in_batch", None)
+            packed = _call_base(self, inputs, HeadCall())
+            logits = classify(self, packed)
+            loss = None
+            if labels is not None:
+                _check.tensor("labels", labels, least_ndim=1)
+                if len(labels) != len(logits):
+                    raise _check.error("labels", f"one per document ({len(logits)})", len(labels))
+                loss = loss_of(self, logits, labels, items)
+            kind = "SequenceClassifierOutput"
+            return _output(self, kind, packed, return_dict, loss=loss, logits=logits)
+
+        return in_place_of(cls, forward)
+
+    return maker
+
+
+def multiple_choice(classify: Pool) -> Maker:
+    """Multiple choice over ``[B, choices, S]``; ``classify`` gives ``[B * choices, 1]``."""
+
+    @functools.cache
+    def maker(cls: type) -> Callable:
+        def forward(self: Any, inputs: dict[str, Any]) -> Any:
+            """The class's forward, every choice packed."""
+            labels, return_dict = inputs.pop("labels", None), inputs.pop("return_dict", None)
+            name = "inputs_embeds" if inputs.get("input_ids") is None else "input_ids"
+            tokens: Any = inputs.get(name)
+            _check.tensor(name, tokens, ndim=4 if name == "inputs_embeds" else 3)
+            choices = tokens.shape[1]
+            flat = {
+                key: value.flatten(0, 1) if isinstance(value, Tensor) and value.ndim > 2 else value
+                for key, value in inputs.items()
+            }
+            packed = _call_base(self, flat, HeadCall())
+            logits = classify(self, packed).view(-1, choices)
+            loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
+            kind = "MultipleChoiceModelOutput"
+            return _output(self, kind, packed, return_dict, loss=loss, logits=logits)
+
+        return in_place_of(cls, forward)
+
+    return maker
+
+
+# --- tokens: one prediction per token
+
+
+def token_loss(self: Any, logits: Tensor, labels: Tensor, items: Any = None) -> Tensor:
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+
+
+def token_classification(score: Score, loss_of: Loss = token_loss) -> Maker:
+    """Token classification; ``score(model, [T, C])`` gives ``[T, num_labels]``."""
+
+    @functools.cache
+    def maker(cls: type) -> Callable:
+        def forward(self: Any, inputs: dict[str, Any]) -> Any:
+            """The class's forward at real tokens."""
+            labels, return_dict = inputs.pop("labels", None), inputs.pop("return_dict", None)
+            items = inputs.pop("num_items_in_batch", None)
+            packed = _call_base(self, inputs, HeadCall())
+            logits = score(self, packed.x)
+            loss = None
+            if labels is not None:
+                labels = _labels("labels", labels, packed.batch, logits)
+                loss = loss_of(self, logits, labels, items)
+            logits = _lay_out(self, packed, logits)
+            kind = "TokenClassifierOutput"
+            return _output(self, kind, packed, return_dict, loss=loss, logits=logits)
+
+        return in_place_of(cls, forward)
+
+    return maker
+
+
+def question_answering(score: Score) -> Maker:
+    """Extractive question answering; ``score(model, [T, C])`` gives ``[T, 2]``."""
+
+    @functools.cache
+    def maker(cls: type) -> Callable:
+        def forward(self: Any, inputs: dict[str, Any]) -> Any:
+            """The class's forward at real tokens; a span never begins or ends at padding."""
+            return_dict = inputs.pop("return_dict", None)
+            inputs.pop("num_items_in_batch", None)
+            targets = [inputs.pop(f"{end}_positions", None) for end in ("start", "end")]
+            packed = _call_base(self, inputs, HeadCall())
+            answered = all(t is not None for t in targets)
+            if answered and packed.batch.packing is None:
+                raise _check.error("start_positions", "None when packed", tuple(targets[0].shape))
+            lowest = torch.finfo(packed.x.dtype).min
+            spans = [packed.batch.unpack(end, lowest) for end in score(self, packed.x).unbind(-1)]
+            loss = _span_loss(spans, targets) if answered else None
+            if getattr(self, OPTIONS).packed_output:
+                spans = [packed.batch.pack(span)[None] for span in spans]
+            kind = "QuestionAnsweringModelOutput"
+            start, end = spans
+            return _output(
+                self, kind, packed, return_dict, loss=loss, start_logits=start, end_logits=end
+            )
+
+        return in_place_of(cls, forward)
+
+    return maker
+
+
+def _span_loss(spans: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """Mean of the two cross-entropies; a position outside the row does not count."""
+    outside = spans[0].shape[1]
+    losses = [
+        F.cross_entropy(
+            logits, target.to(logits.device).flatten().clamp(0, outside), ignore_index=outside
+        )
+        for logits, target in zip(spans, targets, strict=True)
+    ]
+    return (losses[0] + losses[1]) / 2
