@@ -21,7 +21,7 @@ BIN    := $(VENV)/bin
 pytest  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install test lint format test-cpu interpret aot compat demo bench bench-quick \
+.PHONY: help venv install test lint format test-cpu support interpret aot compat demo bench bench-quick \
 	report gpu-test gpu-bench clean
 
 help:
@@ -64,7 +64,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 test-cpu: $(VENV)/.dev
-	$(call pytest,$(VENV)) -m 'not aot'
+	$(call pytest,$(VENV)) -m 'not aot' --check-support-table docs/support.md
+
+support: $(VENV)/.dev
+	$(call pytest,$(VENV)) tests/patch --support-table docs/support.md
 
 interpret: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(call pytest,$(VENV)) tests/kernels tests/patch

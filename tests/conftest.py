@@ -13,7 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # parity.py
+sys.path.insert(0, str(Path(__file__).parent))  # parity.py, support.py
+
+pytest_plugins = ["support"]
 
 
 @pytest.fixture(autouse=True)

@@ -54,3 +54,24 @@ def assert_parity(op: Callable, reference: Callable, inputs: Sequence[Any]) -> N
     exact = outputs_and_gradients(reference, wide, grads)
     for i, (a, r, e) in enumerate(zip(actual, rounded, exact, strict=True)):
         assert_within_budget(a, r, e, f"value {i} of {len(actual)}")
+
+
+def assert_same(actual: Tensor, rounded: Tensor, exact: Tensor, what: str = "output") -> None:
+    """The budget for a whole model: a few more roundings than in one operator."""
+    assert_within_budget(actual.detach(), rounded.detach(), exact.detach(), what, ulps=4)
+
+
+def assert_same_gradients(actual: Any, rounded: Any, exact: Any) -> None:
+    """Every parameter's gradient of three models, after their backward.
+
+    The same budget on the norm: behind a whole model single elements are rounding noise. A gradient
+    that is zero in exact arithmetic (a key's bias) is a remainder of larger ones, hence the floor.
+    """
+    largest = max(p.grad.norm() for p in exact.parameters() if p.grad is not None)
+    pairs = zip(actual.named_parameters(), rounded.parameters(), exact.parameters(), strict=True)
+    for (name, a), r, e in pairs:
+        assert (a.grad is None) == (r.grad is None), name
+        if a.grad is not None:
+            error, reference = ((p.grad.double() - e.grad).norm() for p in (a, r))
+            floor = 4 * torch.finfo(a.dtype).eps * (e.grad.norm() + largest / 100)
+            assert error <= 2 * reference + floor, f"{name}: {error:.3e} of {e.grad.norm():.3e}"

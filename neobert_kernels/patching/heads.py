@@ -98,6 +98,7 @@ def masked_lm(
     decoder: Callable[[Any], Any],
     by_items: bool = False,
     zero_if_empty: bool = False,
+    loss_function: bool = False,
 ) -> Maker:
     """Masked LM.
 
@@ -106,6 +107,7 @@ def masked_lm(
         decoder: The Linear over the vocabulary.
         by_items: Whether the family's loss is divided by the Trainer's ``num_items_in_batch``.
         zero_if_empty: Whether a batch without any label has loss 0; else NaN, as torch's mean.
+        loss_function: Whether the class calls ``self.loss_function``, which users can replace.
     """
 
     @functools.cache
@@ -115,8 +117,11 @@ def masked_lm(
             options = getattr(self, OPTIONS)
             labels = inputs.pop("labels", None)
             return_dict = inputs.pop("return_dict", None)
-            items = inputs.pop("num_items_in_batch", None) if by_items else None
-            if labels is not None and not _wants_logits(self, options, decoder(self)):
+            items = inputs.pop("num_items_in_batch", None)
+            if not by_items:
+                items = None
+            own_loss = loss_function and "_loss_function" in vars(self)
+            if labels is not None and not (own_loss or _wants_logits(self, options, decoder(self))):
                 total, packed = _loss_only(self, inputs, labels, items, options)
                 return _output(self, "MaskedLMOutput", packed, return_dict, loss=total)
             packed = _call_base(self, inputs, HeadCall())
@@ -126,7 +131,10 @@ def masked_lm(
                 labels = _labels("labels", labels, packed.batch, logits)
                 if zero_if_empty and items is None:
                     items = (labels != IGNORE_INDEX).sum().clamp(min=1)
-                loss = _full_loss(self, logits, labels, items)
+                if own_loss:
+                    loss = _own_loss(self, logits, labels, items)
+                else:
+                    loss = cross_entropy(logits, labels, items)
             logits = _lay_out(self, packed, logits)
             return _output(self, "MaskedLMOutput", packed, return_dict, loss=loss, logits=logits)
 
@@ -157,18 +165,15 @@ def masked_lm(
 def _wants_logits(self: Any, options: Options, decoder: Any) -> bool:
     if options.mlm_logits is not None:
         return options.mlm_logits
-    # A decoder that is more than its weight and bias (LoRA, a hook), or a loss of the user's own,
-    # has to be called.
+    # A decoder that is more than its weight and bias (LoRA, a hook) has to be called.
     plain = type(decoder) is nn.Linear and not decoder._forward_hooks
-    return not (self.training and plain and "_loss_function" not in vars(self))
+    return not (self.training and plain)
 
 
-def _full_loss(self: Any, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
-    if "_loss_function" in vars(self):
-        options = {} if items is None else {"num_items_in_batch": items}
-        vocabulary = self.config.vocab_size
-        return self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **options)
-    return cross_entropy(logits, labels, items)
+def _own_loss(self: Any, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
+    options = {} if items is None else {"num_items_in_batch": items}
+    vocabulary = self.config.vocab_size
+    return self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **options)
 
 
 # --- sequences: one prediction per document

@@ -1,91 +1,37 @@
 """patch and unpatch: the same numbers on real tokens only, and nothing left behind."""
 
 import copy
+import inspect
 import sys
 
 import pytest
 import torch
-from parity import assert_within_budget
+import transformers
+from encoders import ENCODERS, LENGTHS, padded, randomized
+from parity import assert_same
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+from transformers import BertModel
 
 import neobert_kernels as nk
-from neobert import NeoBERTConfig, NeoBERTForMaskedLM, NeoBERTModel
 
-LENGTHS = (9, 1, 17, 5)
 SIDES = ("right", "left")
-
-
-def bert_config(**changes):
-    sizes = {
-        "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3,
-        "intermediate_size": 80, "max_position_embeddings": 64, "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }  # fmt: skip
-    return BertConfig(**(sizes | changes))
-
-
-def neobert_config(**changes):
-    sizes = {
-        "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3,
-        "intermediate_size": 96, "max_length": 64,
-    }  # fmt: skip
-    return NeoBERTConfig(**(sizes | changes))
-
-
-BASES = {
-    "bert": lambda: BertModel(bert_config()),
-    "neobert": lambda: NeoBERTModel(neobert_config()),
-}
-HEADS = {
-    "bert": lambda: BertForMaskedLM(bert_config()),
-    "neobert": lambda: NeoBERTForMaskedLM(neobert_config()),
-}
-families = pytest.mark.parametrize("family", BASES)
+families = pytest.mark.parametrize("family", ENCODERS)
 
 
 @pytest.fixture
 def model(family):
-    return randomized(BASES[family]()).eval()
-
-
-def randomized(model):
-    """Weights large enough that an error in one place shows in the output."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(torch.randn_like(p) * 0.2 + (1.0 if "orm" in name and "weight" in name else 0))
-    return model
-
-
-def padded(lengths=LENGTHS, side="right"):
-    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, n in enumerate(lengths):
-        where = slice(0, n) if side == "right" else slice(max(lengths) - n, None)
-        ids[row, where] = torch.randint(1, 97, (n,))
-        mask[row, where] = 1
-    return ids, mask
+    return randomized(ENCODERS[family].base()).eval()
 
 
 def last(model, **inputs):
     return model(**inputs).last_hidden_state
 
 
-def assert_same(actual, rounded, exact, what="output"):
-    assert_within_budget(actual.detach(), rounded.detach(), exact.detach(), what, ulps=4)
-
-
-def assert_same_gradient(actual, rounded, exact, what):
-    """The same budget on the norm: behind a whole model single elements are rounding noise."""
-    error, reference = ((grad.double() - exact).norm() for grad in (actual, rounded))
-    floor = 4 * torch.finfo(actual.dtype).eps * exact.norm()
-    assert error <= 2 * reference + floor, f"{what}: error {error:.3e} of {exact.norm():.3e}"
-
-
 @families
 @pytest.mark.parametrize("side", SIDES)
-def test_padded_batch_equals_the_unpatched_model(model, side):
-    ids, mask = padded(side=side)
+def test_padded_batch_equals_the_unpatched_model(family, model, side, supports):
+    supports(family, "base", "padded")
+    ids, mask = padded(family, side=side)
     real = mask.bool()
     exact = last(copy.deepcopy(model).double(), input_ids=ids, attention_mask=mask)[real]
     rounded = last(model, input_ids=ids, attention_mask=mask)[real]
@@ -96,8 +42,9 @@ def test_padded_batch_equals_the_unpatched_model(model, side):
 
 
 @families
-def test_packed_input_equals_each_document_alone(model):
-    ids, mask = padded()
+def test_packed_input_equals_each_document_alone(family, model, supports):
+    supports(family, "base", "packed")
+    ids, mask = padded(family)
     alone = [row[None, real == 1] for row, real in zip(ids, mask, strict=True)]
     rounded = torch.cat([last(model, input_ids=row)[0] for row in alone])
     wide = copy.deepcopy(model).double()
@@ -108,14 +55,14 @@ def test_packed_input_equals_each_document_alone(model):
     lengths = {"cu_seq_lens_q": packing.cu_seqlens, "max_length_q": packing.max_seqlen}
     assert_same(last(model, input_ids=packed, **lengths)[0], rounded, exact)
     both = lengths | {"cu_seq_lens_k": packing.cu_seqlens, "max_length_k": packing.max_seqlen}
-    restarts = packing.positions[None]
+    restarts = packing.positions[None] + ENCODERS[family].first_position
     assert_same(last(model, input_ids=packed, position_ids=restarts, **both)[0], rounded, exact)
     assert_same(last(model, input_ids=packed, position_ids=restarts)[0], rounded, exact)
 
 
 @families
-def test_without_a_mask_every_token_counts(model):
-    ids = torch.randint(1, 97, (2, 7))
+def test_without_a_mask_every_token_counts(family, model):
+    ids = torch.randint(2, 97, (2, 7))
     exact = last(copy.deepcopy(model).double(), input_ids=ids)
     rounded = last(model, input_ids=ids)
     nk.patch(model)
@@ -125,8 +72,8 @@ def test_without_a_mask_every_token_counts(model):
 
 
 @families
-def test_given_positions_are_used(model):
-    ids = torch.randint(1, 97, (2, 7))
+def test_given_positions_are_used(family, model):
+    ids = torch.randint(2, 97, (2, 7))
     positions = torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
     exact = last(copy.deepcopy(model).double(), input_ids=ids, position_ids=positions)
     rounded = last(model, input_ids=ids, position_ids=positions)
@@ -135,8 +82,8 @@ def test_given_positions_are_used(model):
 
 
 @families
-def test_a_document_never_sees_another(model):
-    ids, mask = padded()
+def test_a_document_never_sees_another(family, model):
+    ids, mask = padded(family)
     nk.patch(model)
     before = last(model, input_ids=ids, attention_mask=mask)
     ids[2] = (ids[2] + 1) % 97
@@ -147,8 +94,8 @@ def test_a_document_never_sees_another(model):
 
 
 @families
-def test_rows_of_padding_give_zeros(model):
-    ids, mask = padded()
+def test_rows_of_padding_give_zeros(family, model):
+    ids, mask = padded(family)
     mask[1] = 0
     nk.patch(model)
     out = last(model, input_ids=ids, attention_mask=mask)
@@ -157,8 +104,8 @@ def test_rows_of_padding_give_zeros(model):
 
 
 @families
-def test_hidden_states_are_those_of_the_unpatched_model(model):
-    ids, mask = padded()
+def test_hidden_states_are_those_of_the_unpatched_model(family, model):
+    ids, mask = padded(family)
     inputs = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True}
     real = mask.bool()
     exact = copy.deepcopy(model).double()(**inputs).hidden_states
@@ -175,8 +122,8 @@ def test_hidden_states_are_those_of_the_unpatched_model(model):
 
 
 def test_pooled_output_and_token_types_of_bert():
-    model = randomized(BASES["bert"]()).eval()
-    ids, mask = padded()
+    model = randomized(ENCODERS["bert"].base()).eval()
+    ids, mask = padded("bert")
     inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": ids % 2}
     exact = copy.deepcopy(model).double()(**inputs).pooler_output
     rounded = model(**inputs).pooler_output
@@ -184,64 +131,12 @@ def test_pooled_output_and_token_types_of_bert():
     assert_same(model(**inputs).pooler_output, rounded, exact)
 
 
-@pytest.mark.parametrize("family", HEADS)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_and_every_gradient_through_a_head(family, checkpointing):
-    model = HEADS[family]().train()  # as initialized: saturated softmaxes would amplify rounding
-    ids, mask = padded()
-    labels = torch.where((torch.rand(ids.shape) < 0.5) & (mask == 1), ids, -100)
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    exact, rounded = copy.deepcopy(model).double(), copy.deepcopy(model)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    nk.patch(model)
-    losses = []
-    for each in (model, rounded, exact):
-        loss = each(**inputs).loss
-        loss.backward()
-        losses.append(loss)
-    assert_same(*losses, "loss")
-    pairs = zip(model.named_parameters(), rounded.parameters(), exact.parameters(), strict=True)
-    for (name, a), r, e in pairs:
-        assert (a.grad is None) == (r.grad is None), name
-        if a.grad is not None:
-            assert_same_gradient(a.grad, r.grad, e.grad, name)
-
-
-@pytest.mark.parametrize("family", HEADS)
-def test_fifty_training_steps_follow_the_unpatched_model(family):
-    model = HEADS[family]().train()
-    plain = copy.deepcopy(model)
-    nk.patch(model)
-    curves = []
-    for each in (model, plain):
-        torch.manual_seed(1)
-        optimizer = torch.optim.AdamW(each.parameters(), lr=1e-3)
-        losses = []
-        for _ in range(50):
-            ids, mask = padded()
-            loss = each(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
-            loss.loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.loss.item())
-        curves.append(torch.tensor(losses))
-    assert curves[0][-1] < curves[0][0]
-    # Both curves are float32 rounding apart at step 0 and training amplifies it; a wrong gradient
-    # shows as a drift of percents.
-    torch.testing.assert_close(curves[0], curves[1], rtol=1e-3, atol=0)
-
-
-def forwards(model):
-    return {name: module.forward for name, module in model.named_modules()}
-
-
 @families
-def test_unpatch_restores_the_very_same_objects(model):
+def test_unpatch_restores_the_very_same_objects(family, model):
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
     state = dict(model.state_dict(keep_vars=True))
     classes = {name: type(module) for name, module in model.named_modules()}
-    ids, mask = padded()
+    ids, mask = padded(family)
     before = last(model, input_ids=ids, attention_mask=mask)
     nk.patch(model)
     assert {n: type(m) for n, m in model.named_modules()} == classes
@@ -258,7 +153,7 @@ def test_unpatch_restores_the_very_same_objects(model):
 
 
 @families
-def test_patching_changes_no_class_and_no_module_global(model):
+def test_patching_changes_no_class_and_no_module_global(family, model):
     names = ["transformers.models.bert.modeling_bert", "transformers.modeling_utils", "torch.nn"]
     names += ["neobert.model", "torch.nn.functional"]
     before = {name: dict(vars(sys.modules[name])) for name in names}
@@ -272,7 +167,7 @@ def test_patching_changes_no_class_and_no_module_global(model):
 
 @families
 def test_another_instance_stays_as_it_is(family, model):
-    other = BASES[family]()
+    other = ENCODERS[family].base()
     nk.patch(model)
     assert all("forward" not in vars(m) for m in other.modules())
     with pytest.raises(ValueError, match="model: expected a patched model"):
@@ -280,15 +175,15 @@ def test_another_instance_stays_as_it_is(family, model):
 
 
 @families
-def test_patching_twice_is_an_error(model):
+def test_patching_twice_is_an_error(family, model):
     nk.patch(model)
     with pytest.raises(ValueError, match=r"model: expected an unpatched model .* got a patched"):
         nk.patch(model)
 
 
 @families
-def test_a_deep_copy_of_a_patched_model_is_patched_by_itself(model):
-    ids, mask = padded()
+def test_a_deep_copy_of_a_patched_model_is_patched_by_itself(family, model):
+    ids, mask = padded(family)
     nk.patch(model)
     twin = copy.deepcopy(model)
     expected = last(model, input_ids=ids, attention_mask=mask)
@@ -314,11 +209,11 @@ def test_saving_a_patched_model_saves_the_plain_one(model, tmp_path):
 def test_lora_trains_through_a_patched_model(family):
     import peft
 
-    model = randomized(BASES[family]())
-    targets = {"bert": ["query", "value", "dense"], "neobert": ["qkv", "wo", "w12", "w3"]}[family]
+    model = randomized(ENCODERS[family].base())
+    targets = list(ENCODERS[family].lora)
     config = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
     adapted = peft.get_peft_model(model, config).train()
-    ids, mask = padded()
+    ids, mask = padded(family)
     plain = last(adapted, input_ids=ids, attention_mask=mask)[mask.bool()]
     nk.patch(adapted)
     patched = last(adapted, input_ids=ids, attention_mask=mask)[mask.bool()]
@@ -331,7 +226,9 @@ def test_lora_trains_through_a_patched_model(family):
 
 
 def test_a_base_inside_any_module_is_found():
-    outer = nn.ModuleDict({"a": BASES["bert"](), "b": BASES["neobert"](), "c": nn.Linear(2, 2)})
+    outer = nn.ModuleDict(
+        {"a": ENCODERS["bert"].base(), "b": ENCODERS["neobert"].base(), "c": nn.Linear(2, 2)}
+    )
     report = nk.patch(outer)
     assert report.families == {"a": "bert", "b": "neobert"}
     assert [entry.name for entry in report.left] == ["c"]
@@ -344,8 +241,8 @@ def test_a_base_inside_any_module_is_found():
     "where", ["embeddings", "encoder.layer.1.attention.output", "encoder.layer.1.output"]
 )
 def test_every_dropout_of_hidden_states_is_kept(where):
-    ids, _ = padded()
-    model = randomized(BASES["bert"]()).train()
+    ids, _ = padded("bert")
+    model = randomized(ENCODERS["bert"].base()).train()
     nk.patch(model)
     assert torch.equal(last(model, input_ids=ids), last(model, input_ids=ids))
     model.get_submodule(f"{where}.dropout").p = 0.5
@@ -353,8 +250,8 @@ def test_every_dropout_of_hidden_states_is_kept(where):
 
 
 def test_attention_dropout_is_refused_in_training():
-    ids, _ = padded()
-    model = BertModel(bert_config(attention_probs_dropout_prob=0.1)).train()
+    ids, _ = padded("bert")
+    model = ENCODERS["bert"].base(attention_probs_dropout_prob=0.1).train()
     nk.patch(model)
     with pytest.raises(ValueError, match=r"attention dropout: expected 0 .* got 0.1"):
         model(input_ids=ids)
@@ -367,13 +264,13 @@ class Other(BertModel):
 
 
 def hooked():
-    model = BASES["bert"]()
+    model = ENCODERS["bert"].base()
     model.encoder.layer[1].forward = lambda *args: None
     return model
 
 
 def swapped():
-    model = BASES["neobert"]()
+    model = ENCODERS["neobert"].base()
     model.transformer_encoder[2].ffn_norm = nn.RMSNorm(48)
     return model
 
@@ -385,14 +282,17 @@ def swapped():
             lambda: nn.Linear(2, 2),
             "supported family .bert, neobert.*Linear; the unpatched model st",
         ),
-        (lambda: Other(bert_config()), "supported family"),
+        (lambda: Other(ENCODERS["bert"].config()), "supported family"),
         (lambda: "bert", "model: expected a torch.nn.Module, got str"),
-        (lambda: BASES["bert"]().double(), "float32, float16 or bfloat16 weights, got embeddings"),
         (
-            lambda: BASES["neobert"]().to("meta"),
+            lambda: ENCODERS["bert"].base().double(),
+            "float32, float16 or bfloat16 weights, got embeddings",
+        ),
+        (
+            lambda: ENCODERS["neobert"].base().to("meta"),
             "weights in memory, got encoder.weight on the meta",
         ),
-        (lambda: BertModel(bert_config(is_decoder=True)), "got a decoder"),
+        (lambda: ENCODERS["bert"].base(is_decoder=True), "got a decoder"),
         (hooked, "forward of their class, got encoder.layer.1, whose forward was already replaced"),
         (swapped, "transformer_encoder.2.ffn_norm to be NeoBERTRMSNorm, got RMSNorm"),
     ],
@@ -445,7 +345,7 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
         ),
         (
             {"input_ids": ONE, "position_ids": torch.tensor([[0, 1, 0, 2, 3]])},
-            "position_ids: expected 0, 1, 2, ... from each restart",
+            "position_ids: expected (0, 1, 2, ... from each restart|.* start at position 2)",
         ),
     ],
 )
@@ -455,10 +355,104 @@ def test_bad_input_is_one_clear_error(model, inputs, message):
         model(**inputs)
 
 
-def test_classification_head_on_a_patched_bert():
-    model = randomized(BertForSequenceClassification(bert_config(num_labels=3))).eval()
-    ids, mask = padded()
-    exact = copy.deepcopy(model).double()(ids, mask).logits
-    rounded = model(ids, mask).logits
+def test_restarts_of_roberta_are_counted_from_its_first_position():
+    model = randomized(ENCODERS["roberta"].base()).eval()
     nk.patch(model)
-    assert_same(model(ids, mask).logits, rounded, exact)
+    with pytest.raises(ValueError, match=r"position_ids: expected 2, 3, 4, ... from each restart"):
+        model(ONE, position_ids=torch.tensor([[2, 3, 2, 4, 5]]))
+    with pytest.raises(ValueError, match=r"position_ids: expected a first position of 2, got 5"):
+        model(ONE, position_ids=torch.tensor([[5, 2, 3, 2, 3]]))
+
+
+def test_padding_ids_inside_a_text_do_not_count_in_roberta():
+    model = randomized(ENCODERS["roberta"].base()).eval()
+    ids, mask = padded("roberta")
+    ids[0, 3] = ids[2, 5] = 1
+    expected = last(model, input_ids=ids, attention_mask=mask)[mask == 1]
+    nk.patch(model)
+    torch.testing.assert_close(last(model, input_ids=ids, attention_mask=mask)[mask == 1], expected)
+    packing = nk.unpad(mask)
+    lengths = {"cu_seq_lens_q": packing.cu_seqlens, "max_length_q": packing.max_seqlen}
+    packed = last(model, input_ids=packing.pack(ids)[None], **lengths)[0]
+    torch.testing.assert_close(packed, expected)
+
+
+def test_the_signature_stays_that_of_the_class():
+    for encoder in ENCODERS.values():
+        for model in (encoder.base(), encoder.head("mlm")):
+            before = inspect.signature(model.forward)
+            nk.patch(model)
+            assert inspect.signature(model.forward) == before
+            with pytest.raises(TypeError, match="two values for 'input_ids'"):
+                model(IDS, input_ids=IDS)
+            with pytest.raises(TypeError, match="positional arguments, got 30"):
+                model(*[None] * 30)
+
+
+@families
+@pytest.mark.parametrize("name", ["sliding_window", "is_causal", "encoder_hidden_states"])
+def test_what_would_be_ignored_is_refused(model, name):
+    nk.patch(model)
+    with pytest.raises(ValueError, match=f"{name}: expected None in a patched encoder"):
+        model(IDS, **{name: 3})
+
+
+def test_hooks_on_parts_that_are_not_called_are_refused():
+    model = ENCODERS["bert"].base()
+    norm = model.encoder.layer[1].output.LayerNorm
+    handle = norm.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"encoder.layer.1 LayerNorm without forward hooks"):
+        nk.patch(model)
+    handle.remove()
+    model.encoder.layer[1].register_forward_hook(lambda *_: None)
+    nk.patch(model)
+
+
+def test_two_patched_models_keep_their_own_options():
+    ids, mask = padded("bert")
+    a, b = (randomized(ENCODERS["bert"].base()).eval() for _ in range(2))
+    nk.patch(a, packed_output=True)
+    nk.patch(b)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    assert last(a, **inputs).shape[:2] == (1, sum(LENGTHS))
+    assert last(b, **inputs).shape[:2] == ids.shape
+
+
+def test_a_context_manager_unpatches_also_after_an_error():
+    model = ENCODERS["bert"].base()
+    with nk.patched(model) as report:
+        assert report.families == {"": "bert"}
+        assert "forward" in vars(model)
+    assert "forward" not in vars(model)
+    with pytest.raises(ValueError, match="either input_ids"), nk.patched(model):
+        model()
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"packed_output": 1}, "packed_output: expected True or False, got 1"),
+        ({"packed_output": None}, "packed_output: expected True or False, got None"),
+        ({"mlm_logits": "no"}, "mlm_logits: expected True or False, got 'no'"),
+        (
+            {"labelled_rows_only": True, "mlm_logits": True},
+            "labelled_rows_only: expected False where mlm_logits",
+        ),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    model = ENCODERS["bert"].base()
+    with pytest.raises(ValueError, match=message):
+        nk.patch(model, **options)
+    assert "forward" not in vars(model)
+
+
+def test_the_report_says_what_was_left_and_why():
+    encoder = ENCODERS["bert"]
+    report = nk.patch(encoder.head("mlm"))
+    assert [e.name for e in report.replaced if e.what == "BertForMaskedLM"] == [""]
+    assert not [e for e in report.left if "own forward" in e.why]
+    other = nk.patch(transformers.BertForNextSentencePrediction(encoder.config()))
+    (entry,) = [e for e in other.left if "own forward" in e.why]
+    assert (entry.name, entry.what) == ("", "BertForNextSentencePrediction")

@@ -1,0 +1,140 @@
+"""Tiny random models of every family that `patch` knows, from their native configs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import nn
+
+import neobert
+
+VOCABULARY = 97
+LENGTHS = (9, 1, 17, 5)
+HEADS = ("mlm", "sequence", "token", "question", "choice")
+_CLASSES = {
+    "mlm": "ForMaskedLM",
+    "sequence": "ForSequenceClassification",
+    "token": "ForTokenClassification",
+    "question": "ForQuestionAnswering",
+    "choice": "ForMultipleChoice",
+}
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 80,
+}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A family to test.
+
+    Attributes:
+        config: Makes a tiny config; takes changes by name.
+        library: Where the classes are.
+        prefix: What their names begin with.
+        padding: Id of the padding token.
+        first_position: Position of a document's first token.
+        lora: Names of Linear layers for LoRA.
+    """
+
+    config: Callable[..., Any]
+    library: Any
+    prefix: str
+    lora: tuple[str, ...]
+    padding: int = 0
+    first_position: int = 0
+
+    def base(self, **changes: Any) -> nn.Module:
+        return getattr(self.library, f"{self.prefix}Model")(self.config(**changes))
+
+    def head(self, kind: str, **changes: Any) -> nn.Module:
+        return getattr(self.library, self.prefix + _CLASSES[kind])(self.config(**changes))
+
+    def has(self, kind: str) -> bool:
+        return hasattr(self.library, self.prefix + _CLASSES[kind])
+
+
+def _config(cls: type, **fixed: Any) -> Callable[..., Any]:
+    return lambda **changes: cls(**(_SIZES | fixed | changes))
+
+
+ENCODERS = {
+    "bert": Encoder(
+        _config(tf.BertConfig, max_position_embeddings=64, **_NO_DROPOUT),
+        tf,
+        "Bert",
+        lora=("query", "value", "dense"),
+    ),
+    "roberta": Encoder(
+        _config(tf.RobertaConfig, max_position_embeddings=66, pad_token_id=1, **_NO_DROPOUT),
+        tf,
+        "Roberta",
+        lora=("query", "value", "dense"),
+        padding=1,
+        first_position=2,
+    ),
+    "xlm_roberta": Encoder(
+        _config(tf.XLMRobertaConfig, max_position_embeddings=66, pad_token_id=1, **_NO_DROPOUT),
+        tf,
+        "XLMRoberta",
+        lora=("query", "value", "dense"),
+        padding=1,
+        first_position=2,
+    ),
+    "neobert": Encoder(
+        _config(neobert.NeoBERTConfig, max_length=64, intermediate_size=96, classifier_dropout=0.0),
+        neobert,
+        "NeoBERT",
+        lora=("qkv", "wo", "w12", "w3"),
+    ),
+}
+
+
+def head_cases() -> list[tuple[str, str]]:
+    return [(name, kind) for name, e in ENCODERS.items() for kind in HEADS if e.has(kind)]
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Weights large enough that an error in one place shows in the output."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn_like(p) * 0.2 + (1.0 if "orm" in name and "weight" in name else 0))
+    return model
+
+
+def padded(
+    family: str, lengths: tuple[int, ...] = LENGTHS, side: str = "right"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(input_ids, attention_mask)`` of random documents."""
+    ids = torch.full((len(lengths), max(lengths)), ENCODERS[family].padding)
+    mask = torch.zeros_like(ids)
+    for row, n in enumerate(lengths):
+        where = slice(0, n) if side == "right" else slice(max(lengths) - n, None)
+        ids[row, where] = torch.randint(2, VOCABULARY, (n,))
+        mask[row, where] = 1
+    return ids, mask
+
+
+def with_labels(kind: str, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inputs of a head model, labels included, for a batch of documents."""
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    B = len(ids)
+    if kind == "mlm":
+        chosen = (torch.rand(ids.shape) < 0.5) & (mask == 1)
+        return inputs | {"labels": torch.where(chosen, ids, -100)}
+    if kind == "token":
+        classes = torch.randint(0, 3, ids.shape)
+        return inputs | {"labels": torch.where(mask == 1, classes, -100)}
+    if kind == "sequence":
+        return inputs | {"labels": torch.randint(0, 3, (B,))}
+    if kind == "question":
+        spots = mask.float().multinomial(2, replacement=True)
+        return inputs | {"start_positions": spots[:, 0], "end_positions": spots[:, 1]}
+    pairs = {key: value.view(B // 2, 2, -1) for key, value in inputs.items()}
+    return pairs | {"labels": torch.randint(0, 2, (B // 2,))}
