@@ -1,13 +1,16 @@
 """How benchmarks take time: variants interleaved, median and quartiles, device time on a GPU."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+CLEAR_REFS, STATUS = (Path("/proc/self") / name for name in ("clear_refs", "status"))
 Variant = Callable[[int], object]  # called with a running number, to pick among rotated buffers
 
 BACKLOG_CYCLES = 20_000_000  # about 10 ms of idling on the GPU, while the host fills the queue
@@ -33,24 +36,53 @@ def interleaved(
     rounds: int,
     device: str = "cpu",
     at_least_s: float = 0.005,
+    warm_up: int = 3,
 ) -> dict[str, Timing]:
     """Time every variant in every round, in an order that rotates; device time for "cuda".
 
-    A round calls a variant as often as fills ``at_least_s``; counts are fixed before the timing.
+    A round calls a variant as often as fills ``at_least_s``; counts are fixed before the timing,
+    from ``warm_up`` calls after as many that are not timed.
     """
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     take = _device_time if device == "cuda" else _host_time
     calls = {}
     for name in names:
-        for number in range(3):
+        for number in range(warm_up):
             variants[name](number)
-        calls[name] = max(1, round(at_least_s / take(variants[name], 3)))
+        calls[name] = max(1, round(at_least_s / take(variants[name], warm_up)))
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             seconds[name].append(take(variants[name], calls[name]))
     return {name: summarize(seconds[name]) for name in names}
+
+
+def peak_memory(variant: Variant, device: str = "cpu") -> int | None:
+    """Bytes that one call takes at most, beyond what was in use before it.
+
+    On the CPU the process's resident memory, where Linux and glibc tell; None on other systems.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        variant(0)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, and counts again when taken
+        CLEAR_REFS.write_text("5")  # sets the high-water mark to what is resident now
+    except (OSError, AttributeError):
+        return None
+    before = _resident("VmHWM")
+    variant(0)
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    (line,) = (x for x in STATUS.read_text().splitlines() if x.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
 
 
 def over(
