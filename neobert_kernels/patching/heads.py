@@ -113,16 +113,21 @@ def masked_lm(
     @functools.cache
     def maker(cls: type) -> Callable:
         def forward(self: Any, inputs: dict[str, Any]) -> Any:
-            """The class's forward; while training with labels, without logits (see `patch`)."""
+            """The class's forward; while training with labels, without logits (see `patch`).
+
+            ``labelled_rows``: int64 indices of all labelled tokens of packed input, where the
+            caller's collator knows them.
+            """
             options = getattr(self, OPTIONS)
             labels = inputs.pop("labels", None)
+            rows = inputs.pop("labelled_rows", None)
             return_dict = inputs.pop("return_dict", None)
             items = inputs.pop("num_items_in_batch", None)
             if not by_items:
                 items = None
             own_loss = loss_function and "_loss_function" in vars(self)
             if labels is not None and not (own_loss or _wants_logits(self, options, decoder(self))):
-                total, packed = _loss_only(self, inputs, labels, items, options)
+                total, packed = _loss_only(self, inputs, labels, rows, items, options)
                 return _output(self, "MaskedLMOutput", packed, return_dict, loss=total)
             packed = _call_base(self, inputs, HeadCall())
             logits = decoder(self)(hidden(self, packed.x))
@@ -139,10 +144,17 @@ def masked_lm(
             return _output(self, "MaskedLMOutput", packed, return_dict, loss=loss, logits=logits)
 
         def _loss_only(
-            self: Any, inputs: dict[str, Any], labels: Tensor, items: Any, options: Options
+            self: Any,
+            inputs: dict[str, Any],
+            labels: Tensor,
+            known: Tensor | None,
+            items: Any,
+            options: Options,
         ) -> tuple[Tensor, Packed]:
             def labelled(batch: Batch) -> Tensor:
                 own = _labels("labels", labels, batch, batch.positions)
+                if known is not None:
+                    return _known_rows(known, own, batch)
                 return (own != IGNORE_INDEX).nonzero().squeeze(1)
 
             packed = _call_base(self, inputs, HeadCall(labelled, options.labelled_rows_only))
@@ -160,6 +172,21 @@ def masked_lm(
         return in_place_of(cls, forward)
 
     return maker
+
+
+def _known_rows(rows: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+    """``labelled_rows`` of a packed call: nothing has to be read back from the device then."""
+    if batch.packing is not None:
+        raise _check.error("labelled_rows", "None unless the input is packed", tuple(rows.shape))
+    _check.tensor("labelled_rows", rows, ndim=1)
+    _check.dtype("labelled_rows", rows, (torch.int64,))
+    _check.device("labelled_rows", rows, labels.device)
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        wanted = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        if not torch.equal(rows.sort().values, wanted):
+            rule = f"the indices of all labelled tokens ({len(wanted)})"
+            raise _check.error("labelled_rows", rule, f"{len(rows)} others")
+    return rows
 
 
 def _wants_logits(self: Any, options: Options, decoder: Any) -> bool:

@@ -222,6 +222,23 @@ def test_labelled_rows_only_changes_no_gradient(family):
 
 
 @mlm
+def test_rows_that_the_collator_knows_change_nothing(family):
+    model = ENCODERS[family].head("mlm").train()
+    inputs = with_labels("mlm", *padded(family))
+    packing = nk.unpad(inputs["attention_mask"])
+    packed = {name: packing.pack(inputs[name])[None] for name in ("input_ids", "labels")}
+    packed |= {"cu_seq_lens_q": packing.cu_seqlens, "max_length_q": packing.max_seqlen}
+    rows = (packed["labels"][0] != -100).nonzero().squeeze(1)
+    nk.patch(model)
+    expected = model(**packed).loss
+    assert torch.equal(model(**packed, labelled_rows=rows).loss, expected)
+    with pytest.raises(ValueError, match="labelled_rows: expected the indices of all labelled tok"):
+        model(**packed, labelled_rows=rows[1:])
+    with pytest.raises(ValueError, match="labelled_rows: expected None unless the input is packed"):
+        model(**inputs, labelled_rows=rows)
+
+
+@mlm
 def test_the_trainers_item_count_is_used_where_the_unpatched_model_uses_it(family):
     model = ENCODERS[family].head("mlm").train()
     inputs = with_labels("mlm", *padded(family)) | {"num_items_in_batch": torch.tensor(40)}
