@@ -77,6 +77,11 @@ def positive(name: str, value: float, *, zero: bool = False) -> None:
         )
 
 
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise error(name, "True or False", repr(value))
+
+
 def cu_seqlens(value: Any, tokens: int, where: torch.device, name: str = "cu_seqlens") -> None:
     """Document boundaries ``[B + 1]``: int32, from 0 to ``tokens``, never falling."""
     tensor(name, value, ndim=1)

@@ -49,6 +49,8 @@ def check_table(cos: Tensor, sin: Tensor, tokens: int, dim: int, where: torch.de
         _check.dtype(name, table, (torch.float32,))
         _check.shape(name, table, (tokens, dim // 2))
         _check.device(name, table, where)
+        if table.requires_grad and torch.is_grad_enabled():
+            raise _check.error(name, "a table without gradient", "one that requires it")
 
 
 if _runtime.INTERPRET:
@@ -402,6 +404,7 @@ def rope(
     _check.tensor("x", x, ndim=3)
     _check.dtype("x", x)
     check_table(cos, sin, x.shape[0], x.shape[2], x.device)
+    _check.flag("interleaved", interleaved)
     if out is not None:
         _check.like("out", out, "x", x)
         if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):

@@ -12,6 +12,7 @@ from attention_cases import (
     DEVICE,
     bounds,
     compare,
+    dense,
     every_dtype,
     make,
     runs_kernel,
@@ -187,6 +188,21 @@ def test_huge_scores_stay_finite(sign, window):
     assert all(t.isfinite().all() for t in (out, *grads))
 
 
+@pytest.mark.parametrize("window", [0, 1, 5])
+@pytest.mark.parametrize("scale", [2.5, 40.0])
+def test_any_scale_with_rows_that_see_nothing_in_their_first_tile(small_tiles, scale, window):
+    qkv, cu_seqlens, longest = make((70, 5))
+    leaves = [x.requires_grad_() for x in qkv]
+    out = nk.attention(*leaves, cu_seqlens, longest, window=window, scale=scale)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert all(grad.isfinite().all() for grad in grads)
+    rounded, exact = (
+        dense(*(x.detach().to(dtype) for x in qkv), (70, 5), window=window, scale=scale)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_within_budget(out.detach(), rounded, exact, ulps=2 * scale)  # a score's last bits
+
+
 @pytest.mark.parametrize("layout", ["per head", "blocks"])
 def test_one_projection_in_any_layout(layout, turn_inside):
     T = sum(LENGTHS)
@@ -249,11 +265,12 @@ def test_expanded_gradient():
 
 def test_no_documents_and_no_tokens():
     (q, k, v), _, _ = make(())
-    q.requires_grad_()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
     for boundaries in (bounds([]), bounds([0, 0])):
-        out = nk.attention(q, k, v, boundaries, 0)
+        out = nk.attention(*leaves, boundaries, 0)
         assert out.shape == (0, 2, 16)
-        assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+        grads = torch.autograd.grad(out.sum(), leaves)
+        assert [g.shape for g in grads] == [x.shape for x in leaves]
 
 
 def test_backward_gives_the_same_bits_twice():
@@ -382,7 +399,13 @@ ARGUMENTS = {"q": Q, "k": Q, "v": Q, "cu_seqlens": CU, "max_seqlen": 3}
         ({"cos": COS, "sin": COS.half()}, "sin: expected dtype float32, got float16"),
         ({"cos": COS[:2], "sin": COS}, r"cos: expected shape \(3, 4\), got \(2, 4\)"),
         ({"window": -1}, "window: expected None or a radius of at least 0, got -1"),
+        ({"window": True}, "window: expected None or a radius of at least 0, got True"),
         ({"scale": 0.0}, "scale: expected a finite number over 0, got 0"),
+        ({"interleaved": "no"}, "interleaved: expected True or False, got 'no'"),
+        (
+            {"cos": COS.clone().requires_grad_(), "sin": COS},
+            "cos: expected a table without gradient, got one that requires it",
+        ),
     ],
 )
 def test_rejects(changes, message):

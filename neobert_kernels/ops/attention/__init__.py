@@ -165,6 +165,7 @@ def _check_arguments(
     max_seqlen: int,
     cos: Tensor | None,
     sin: Tensor | None,
+    interleaved: bool,
     window: int | None,
     scale: float | None,
 ) -> None:
@@ -187,8 +188,10 @@ def _check_arguments(
     if _runtime.use_kernel(q) and (dim % 8 or dim > MAX_HEAD_SIZE):
         rule = f"a head size that is a multiple of 8, at most {MAX_HEAD_SIZE}, where kernels run"
         raise _check.error("q", rule, dim)
-    if window is not None and (not isinstance(window, int) or window < 0):
+    whole = isinstance(window, int) and not isinstance(window, bool)
+    if window is not None and not (whole and window >= 0):
         raise _check.error("window", "None or a radius of at least 0", window)
+    _check.flag("interleaved", interleaved)
     if scale is not None:
         _check.positive("scale", scale)
     if torch.compiler.is_compiling():
@@ -233,9 +236,10 @@ def attention(
         ``[T, H, D]`` in ``q.dtype``.
 
     Raises:
-        ValueError: A shape, dtype, device or (on CPU) boundary breaks the rules above.
+        ValueError: A shape, dtype, device or (on CPU, not under torch.compile) boundary breaks the
+            rules above.
     """
-    _check_arguments(q, k, v, cu_seqlens, max_seqlen, cos, sin, window, scale)
+    _check_arguments(q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
     # Document lengths are data: a compiler must not look, so it too calls the operator.
     if torch.compiler.is_compiling() or _runtime.use_kernel(q):
         scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -274,7 +278,7 @@ def qkv_attention(
     if qkv.shape[2] != 3:
         raise _check.error("qkv", "shape (T, H, 3, D)", tuple(qkv.shape))
     q, k, v = qkv.unbind(2)
-    _check_arguments(q, k, v, cu_seqlens, max_seqlen, cos, sin, window, scale)
+    _check_arguments(q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
     if torch.compiler.is_compiling() or _runtime.use_kernel(qkv):
         scale = 1.0 / math.sqrt(qkv.shape[-1]) if scale is None else scale
         if qkv.stride(-1) != 1:

@@ -42,7 +42,7 @@ def _attend(
     if MASKED:
         seen = visible(query[:, None], key[None, :], length, window, HAS_WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
-    # `largest` starts finite, so a row that has seen no key yet makes exp2(-inf), never NaN.
+    # `largest * exponent` is finite, so a row that has seen no key yet makes exp2(-inf), never NaN.
     new = tl.maximum(largest, tl.max(scores, axis=1))
     p = tl.exp2(scores * exponent - (new * exponent)[:, None])
     rescale = tl.exp2((largest - new) * exponent)
@@ -101,7 +101,8 @@ def forward_kernel(
         full = low
         high = tl.where(first < length, high, low)
     sums = zeros(OUTER, V_FIRST, V_SECOND)
-    largest = tl.full((OUTER,), -1e38, tl.float32)
+    # So low that any score is larger, and still finite once it is multiplied by `exponent`.
+    largest = tl.zeros((OUTER,), tl.float32) - 1e38 / tl.maximum(exponent, 1.0)
     total = tl.zeros((OUTER,), tl.float32)
     if not SPECIALIZED:
         for at in tl.range(low, full, INNER):

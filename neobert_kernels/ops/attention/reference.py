@@ -43,8 +43,8 @@ def attention_reference(
             mask = (i[:, None] - i).abs() <= window
         out = scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    if not outputs:
-        return (q * 0.0).to(dtype)
+    if not outputs:  # empty, and yet it depends on all three
+        return (q * (k.sum() + v.sum())).to(dtype)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
 
 
