@@ -69,17 +69,18 @@ def read_batch(
     rows, length = tokens.shape[:2]
     if position_ids is not None:
         _check.tensor("position_ids", position_ids, ndim=2)
+        _check.dtype("position_ids", position_ids, (torch.int64, torch.int32))
         _check.shape("position_ids", position_ids, (1 if len(position_ids) == 1 else rows, length))
     bounds = _boundaries(tokens, attention_mask, position_ids, kwargs, first)
     if bounds is not None:
         cu_seqlens, max_seqlen = bounds
-        _check_length(max_seqlen, longest)
+        _check_length(max_seqlen, longest, "max_length_q" if position_ids is None else "input_ids")
         if position_ids is None:
             positions = restarting_positions(cu_seqlens, length) + first
         else:
             positions = position_ids[0]
         return Batch(cu_seqlens, max_seqlen, positions, packing=None)
-    _check_length(length, longest)
+    _check_length(length, longest, "input_ids")
     if attention_mask is None:
         packing = full(rows, length, tokens.device)
     else:
@@ -94,9 +95,9 @@ def read_batch(
     return Batch(packing.cu_seqlens, packing.max_seqlen, positions, packing)
 
 
-def _check_length(length: int, longest: int | None) -> None:
+def _check_length(length: int, longest: int | None, name: str) -> None:
     if longest is not None and length > longest:
-        raise _check.error("input_ids", f"at most {longest} tokens a document", length)
+        raise _check.error(name, f"at most {longest} tokens a document", length)
 
 
 def _boundaries(
@@ -107,23 +108,13 @@ def _boundaries(
     first: int,
 ) -> tuple[Tensor, int] | None:
     """``(cu_seqlens, max_seqlen)`` of an input that the caller packed, else None."""
-    found, names = None, ("", "")
-    for lengths, longest in (("cu_seq_lens_q", "max_length_q"), ("cu_seqlens", "max_seqlen")):
-        cu_seqlens, max_seqlen = kwargs.pop(lengths, None), kwargs.pop(longest, None)
-        if cu_seqlens is not None:
-            if max_seqlen is None:
-                raise _check.error(longest, f"the longest length beside {lengths}", None)
-            found, names = (cu_seqlens, int(max_seqlen)), (lengths, longest)
-    other, _ = kwargs.pop("cu_seq_lens_k", None), kwargs.pop("max_length_k", None)
+    found, names = _given_boundaries(kwargs)
     if found is not None:
         if len(tokens) != 1:
             raise _check.error("input_ids", "one row when packed", f"{len(tokens)} rows")
         if attention_mask is not None:
             raise _check.error("attention_mask", "None when packed", tuple(attention_mask.shape))
         _check.documents(*found, tokens.shape[1], tokens.device, names)
-        if other is not None and other is not found[0] and other.shape != found[0].shape:
-            rule = f"the documents of {names[0]} {tuple(found[0].shape)}"
-            raise _check.error("cu_seq_lens_k", rule, tuple(other.shape))
         return found
     if position_ids is None or attention_mask is not None or len(tokens) != 1:
         return None
@@ -135,6 +126,9 @@ def _boundaries(
         raise _check.error("position_ids", rule, got)
     if len(starts) < 2:
         return None
+    if len(starts) == len(positions):
+        rule = "documents of more than one token (for others pass cu_seq_lens_q and max_length_q)"
+        raise _check.error("position_ids", rule, f"{first} at every token")
     bounds = torch.cat([starts, starts.new_tensor([len(positions)])]).int()
     if int(bounds[0]):
         raise _check.error("position_ids", f"a first position of {first}", int(positions[0]))
@@ -149,6 +143,53 @@ def setting(kwargs: dict[str, Any], name: str, config: Any) -> bool:
     """A call's output option, or the config's default for it; taken out of ``kwargs``."""
     value = kwargs.pop(name, None)
     return bool(getattr(config, name, False) if value is None else value)
+
+
+# Boundaries and longest document of a packed call, in transformers' and in upstream's words.
+_PAIRS = (("cu_seq_lens_q", "max_length_q"), ("cu_seqlens", "max_seqlen"))
+_KEYS = ("cu_seq_lens_k", "max_length_k")
+
+
+def _given_boundaries(
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Tensor, int] | None, tuple[str, str]]:
+    """The one pair of boundaries and length in ``kwargs``, with its names; all are taken out."""
+    given = {name: kwargs.pop(name, None) for pair in (*_PAIRS, _KEYS) for name in pair}
+    present = [pair for pair in _PAIRS if any(given[name] is not None for name in pair)]
+    if not present:
+        for name in _KEYS:
+            if given[name] is not None:
+                raise _check.error(name, "None without cu_seq_lens_q", _shown(given[name]))
+        return None, ("", "")
+    if len(present) > 1:
+        raise _check.error(present[1][0], f"None beside {present[0][0]}", "both")
+    names = present[0]
+    for name, other in (names, names[::-1]):
+        if given[name] is None:
+            raise _check.error(name, f"a value beside {other}", None)
+    bounds, longest = (given[name] for name in names)
+    if isinstance(longest, Tensor) and longest.numel() == 1 and longest.device.type == "cpu":
+        longest = longest.item()
+    if not isinstance(longest, int) or isinstance(longest, bool):
+        raise _check.error(names[1], "an int", repr(longest))
+    _check_keys(given["cu_seq_lens_k"], bounds, names[0])
+    return (bounds, longest), names
+
+
+def _check_keys(keys: Any, bounds: Any, name: str) -> None:
+    """``cu_seq_lens_k`` must say what the queries' boundaries say; values are read on a CPU."""
+    if keys is None or keys is bounds:
+        return
+    _check.tensor("cu_seq_lens_k", keys)
+    _check.tensor(name, bounds)
+    _check.shape("cu_seq_lens_k", keys, bounds.shape)
+    on_cpu = keys.device.type == bounds.device.type == "cpu"
+    if on_cpu and not torch.compiler.is_compiling() and not torch.equal(keys, bounds):
+        raise _check.error("cu_seq_lens_k", f"the documents of {name}", "others")
+
+
+def _shown(value: Any) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else value
 
 
 # Arguments of transformers' attention functions and decoders that change what is computed.

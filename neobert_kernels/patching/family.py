@@ -182,11 +182,11 @@ def encode(base: Any, family: Family, inputs: dict[str, Any], head: HeadCall | N
         batch = batch.with_positions(family.positions(base, tokens, batch))
     extras = {name: inputs.pop(name, None) for name in family.extras}
     refuse_ignored(inputs)
-    for name, value in extras.items():
-        if value is not None:
-            _check.tensor(name, value)
-            _check.shape(name, value, tokens.shape[:2])
-    present = {name: batch.pack(v) for name, v in extras.items() if v is not None}
+    present = {
+        name: batch.pack(_row_or_rows(name, value, tokens))
+        for name, value in extras.items()
+        if value is not None
+    }
     states: list[Tensor] | None = [] if keep else None
     x = family.embed(base, batch, batch.pack(tokens), present)
     rows = None if head is None or head.rows is None else head.rows(batch)
@@ -197,6 +197,14 @@ def encode(base: Any, family: Family, inputs: dict[str, Any], head: HeadCall | N
     early = head.in_last_layer and not keep  # hidden states are wanted at every token
     x = family.run(base, x, batch, states, rows if early else None)
     return Packed(x if early else x.index_select(0, rows), batch, states, rows=rows)
+
+
+def _row_or_rows(name: str, value: Any, tokens: Tensor) -> Tensor:
+    """``[B, S]`` from ``[B, S]`` or, as unpatched models take it too, ``[1, S]``."""
+    _check.tensor(name, value, ndim=2)
+    rows, length = tokens.shape[:2]
+    _check.shape(name, value, (1 if len(value) == 1 else rows, length))
+    return value.expand(rows, length)
 
 
 def hidden_states(base: Any, packed: Packed) -> tuple[Tensor, ...] | None:

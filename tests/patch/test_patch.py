@@ -309,6 +309,7 @@ def test_what_cannot_be_patched_is_named_and_left_alone(make, message):
 IDS = torch.ones(2, 5, dtype=torch.long)
 ONE = torch.ones(1, 5, dtype=torch.long)
 CU = torch.tensor([0, 2, 5], dtype=torch.int32)
+PACKED = {"cu_seq_lens_q": CU, "max_length_q": 3}
 
 
 @families
@@ -322,7 +323,7 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
         ({"input_ids": IDS, "position_ids": IDS[:, :4]}, "position_ids: expected shape"),
         ({"input_ids": IDS, "output_attentions": True}, "output_attentions: expected False"),
         ({"input_ids": IDS.repeat(1, 20)}, "input_ids: expected at most 64 tokens .*, got 100"),
-        ({"input_ids": ONE, "cu_seq_lens_q": CU}, "max_length_q: expected the longest length"),
+        ({"input_ids": ONE, "cu_seq_lens_q": CU}, "max_length_q: expected a value beside"),
         (
             {"input_ids": IDS, "cu_seq_lens_q": CU, "max_length_q": 3},
             "input_ids: expected one row when packed, got 2 rows",
@@ -338,6 +339,40 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
         (
             {"input_ids": ONE, "cu_seq_lens_q": CU, "max_length_q": 2},
             "max_length_q: expected at least the longest document .3., got 2",
+        ),
+        (
+            {"input_ids": ONE, "max_length_q": 3},
+            "cu_seq_lens_q: expected a value beside",
+        ),
+        ({"input_ids": ONE, "max_seqlen": 3}, "cu_seqlens: expected a value beside max_seqlen"),
+        (
+            {"input_ids": ONE, "cu_seq_lens_k": CU, "max_length_k": 3},
+            "cu_seq_lens_k: expected None without cu_seq_lens_q",
+        ),
+        (
+            {"input_ids": ONE, **PACKED, "cu_seqlens": CU, "max_seqlen": 3},
+            "cu_seqlens: expected None beside cu_seq_lens_q",
+        ),
+        (
+            {"input_ids": ONE, **PACKED, "cu_seq_lens_k": torch.tensor([0, 3, 5]).int()},
+            "cu_seq_lens_k: expected the documents of cu_seq_lens_q, got others",
+        ),
+        (
+            {"input_ids": ONE, **PACKED, "cu_seq_lens_k": [0, 2, 5]},
+            "cu_seq_lens_k: expected a t",
+        ),
+        (
+            {"input_ids": ONE, **PACKED, "max_length_q": "x"},
+            "max_length_q: expected an int, got",
+        ),
+        (
+            {"input_ids": ONE, **PACKED, "max_length_q": 3.7},
+            "max_length_q: expected an int, got",
+        ),
+        ({"input_ids": ONE.float()}, "input_ids: expected dtype int64 or int32, got float32"),
+        (
+            {"input_ids": ONE, "position_ids": ONE.float()},
+            "position_ids: expected dtype int64",
         ),
         (
             {"input_ids": ONE, "cu_seq_lens_q": CU, "max_length_q": 3, "attention_mask": ONE},
