@@ -102,6 +102,26 @@ def test_every_temperature(temperature, dtype, device):
     compare(*make(9, 40, 64, device, dtype), temperature)
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.02, 0.07, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("common", [0.0, 1.5])
+def test_a_low_temperature_magnifies_no_rounding(common, seed, temperature, device):
+    """Also where all vectors share a direction, as an encoder's do, and cosines are near 1."""
+    torch.manual_seed(seed)
+    shared = common * torch.randn(384, device=device)
+    compare(*(x + shared for x in make(5, 9, 384, device)), temperature)
+
+
+def test_one_document_costs_nothing(device):
+    """A loss of exactly 0, though the own similarity is not the rounded largest."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        q, d = (x.requires_grad_() for x in make(1, 1, 40, device))
+        loss = nk.info_nce(q, d, 0.01)
+        assert not loss
+        assert not any(g.any() for g in torch.autograd.grad(loss, (q, d)))
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     N=st.integers(1, 70),
