@@ -112,6 +112,29 @@ def test_a_low_temperature_magnifies_no_rounding(common, seed, temperature, devi
     compare(*(x + shared for x in make(5, 9, 384, device)), temperature)
 
 
+@runs_kernel
+def test_float32_gradients_are_nearer_than_the_reference(device):
+    """With what sums, lengths and differences lack: here 0.2 of its error, without one 0.4."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        shared = 1.5 * torch.randn(768, device=device)
+        inputs = [x + shared for x in make(5, 9, 768, device)]
+        errors = []
+        exact = gradients(nk.info_nce_reference, [x.double() for x in inputs])
+        for loss in (nk.info_nce, nk.info_nce_reference):
+            errors.append(
+                max(
+                    (g - e).abs().max() for g, e in zip(gradients(loss, inputs), exact, strict=True)
+                )
+            )
+        assert errors[0] < errors[1] / 3
+
+
+def gradients(loss, inputs):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.grad(loss(*leaves, 0.01), leaves)
+
+
 def test_one_document_costs_nothing(device):
     """A loss of exactly 0, though the own similarity is not the rounded largest."""
     for seed in range(20):
