@@ -11,7 +11,7 @@ import pytest
 import torch
 from parity import assert_parity, assert_within_budget
 from peers import Peer, attention_peers, installed
-from timing import interleaved, over, rotated
+from timing import columns, interleaved, over, rotated
 from torch import Tensor
 
 import neobert_kernels as nk
@@ -111,13 +111,15 @@ def test_attention(
     )
     peers, absent = working(lengths, options, [x.detach() for x in make()], training, device)
     sets = rotated(make, device)
-    gradient = torch.randn(T, H, D, device=device, dtype=dtype) if training else None
+    gradients = None
+    if training:
+        gradients = [[torch.randn(T, H, D, device=device, dtype=dtype)] for _ in sets]
 
     def packed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda q, k, v: function(q, k, v, lengths, *options)
 
     variants = {
-        name: over(sets, packed(f), gradient) for name, f in {"ours": ours, **peers}.items()
+        name: over(sets, packed(f), gradients) for name, f in {"ours": ours, **peers}.items()
     }
     size = 8192 if gpu else 256 if quick else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -146,5 +148,5 @@ def test_attention(
         **{f"{name}_share_of_gemm": rate / gemm for name, rate in rates.items()},
         **memory,
         **absent,
-        **{k: v for name, timing in timings.items() for k, v in timing.values(name).items()},
+        **columns(timings),
     )

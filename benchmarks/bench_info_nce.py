@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from parity import assert_parity
-from timing import Variant, interleaved
+from timing import Variant, columns, interleaved, ratios
 from torch import Tensor
 
 import neobert_kernels as nk
@@ -72,11 +72,7 @@ def test_info_nce(
         implementation=_runtime.implementation("info_nce", device),
         # The products that any implementation needs: similarities, and two gradients.
         ours_flop_per_s=6 * N * M * C / timings["ours"].median_s,
-        **{
-            f"ratio_to_{name}": timing.median_s / timings["ours"].median_s
-            for name, timing in timings.items()
-            if name != "ours"
-        },
+        **ratios(timings),
         **{f"{name}_peak_bytes": value for name, value in memory.items()},
-        **{k: v for name, timing in timings.items() for k, v in timing.values(name).items()},
+        **columns(timings),
     )

@@ -9,14 +9,13 @@ import importlib.util
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from parity import assert_parity
-from timing import Timing, Variant, interleaved, summarize
+from timing import Timing, Variant, columns, host_time, interleaved, ratios
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -94,15 +93,8 @@ def interleaved_on_gpu(variants: dict[str, Variant], rounds: int) -> dict[str, T
 
 
 def few_rounds(variants: dict[str, Variant], rounds: int) -> dict[str, Timing]:
-    """For steps of many seconds: one call each to warm up, then rounds in turning order."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(-1, rounds):
-        for name in sorted(variants, reverse=bool(number % 2)):
-            began = time.perf_counter()
-            variants[name](number)
-            if number >= 0:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: summarize(times) for name, times in seconds.items()}
+    """For steps of many seconds: one call each to warm up, then one in every round."""
+    return host_time(variants, calls=1, rounds=rounds)
 
 
 def gpu_peak_bytes(call: Variant) -> int:
@@ -161,16 +153,12 @@ def test_linear_cross_entropy(
         implementation=_runtime.implementation("linear_cross_entropy", device),
         liger="measured" if "liger" in losses else "absent",
         ours_flop_per_s=6 * labelled * C * vocabulary / timings["ours"].median_s,
-        **{
-            f"ratio_to_{name}": timing.median_s / timings["ours"].median_s
-            for name, timing in timings.items()
-            if name != "ours"
-        },
+        **ratios(timings),
         **{
             f"memory_ratio_to_{name}": value / memory["ours"]
             for name, value in memory.items()
             if name != "ours"
         },
         **{f"{name}_peak_bytes": value for name, value in memory.items()},
-        **{k: v for name, timing in timings.items() for k, v in timing.values(name).items()},
+        **columns(timings),
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from parity import assert_parity
-from timing import interleaved, over, rotated
+from timing import columns, interleaved, over, ratios, rotated
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -70,14 +70,16 @@ def test_pooling(
     if device == "cuda" or (not quick and shutil.which("c++")):
         torch.compiler.reset()
         variants["compile"] = torch.compile(reference)
-    gradient = torch.randn(len(lengths), C, device=device, dtype=dtype) if training else None
+    gradients = None
+    if training:
+        gradients = [[torch.randn(len(lengths), C, device=device, dtype=dtype)] for _ in sets]
 
     def pooled(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: function(x, bounds, normalize)
 
     timings = once(
         lambda: interleaved(
-            {key: over(sets, pooled(function), gradient) for key, function in variants.items()},
+            {key: over(sets, pooled(function), gradients) for key, function in variants.items()},
             rounds=3 if quick else 30,
             device=device,
         )
@@ -93,10 +95,6 @@ def test_pooling(
         f"{str(dtype).removeprefix('torch.')}, {device}",
         implementation=_runtime.implementation(name, device),
         ours_bytes_per_s=moved * dtype.itemsize / timings["ours"].median_s,
-        **{
-            f"ratio_to_{key}": timing.median_s / timings["ours"].median_s
-            for key, timing in timings.items()
-            if key != "ours"
-        },
-        **{k: v for key, timing in timings.items() for k, v in timing.values(key).items()},
+        **ratios(timings),
+        **columns(timings),
     )

@@ -1,10 +1,12 @@
 """Options of the benchmarks, and the file their results go to."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import evidence
+import memory_bound
 import pytest
 import torch
 
@@ -43,6 +45,14 @@ def pytest_terminal_summary(
         terminalreporter.write_line(f"written to {config.stash[WRITTEN]}")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "rows" in metafunc.fixturenames and "compare" in metafunc.fixturenames:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        metafunc.parametrize(
+            "rows", memory_bound.rows_of(metafunc.config.getoption("quick"), device)
+        )
+
+
 @pytest.fixture
 def quick(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("quick"))
@@ -71,3 +81,13 @@ def once(benchmark: Any) -> Callable[..., Any]:
         return benchmark.pedantic(function, rounds=1, iterations=1)
 
     return run
+
+
+@pytest.fixture
+def compare(
+    quick: bool, device: str, once: Callable[..., Any], record: Callable[..., None]
+) -> Callable[..., None]:
+    """`memory_bound.compare` on this machine."""
+    return functools.partial(
+        memory_bound.compare, quick=quick, device=device, once=once, record=record
+    )

@@ -88,23 +88,48 @@ def _resident(field: str) -> int:
 def over(
     sets: Sequence[Sequence[torch.Tensor]],
     function: Callable[..., Any],
-    gradient: torch.Tensor | None,
+    gradients: Sequence[Sequence[torch.Tensor]] | None = None,
 ) -> Variant:
     """``function`` on one set of tensors after the other.
 
-    With a ``gradient``, for every output, also the backward to all tensors; without, no graph.
+    With ``gradients``, one for every output of every set, also the backward to all tensors;
+    without, no graph.
     """
 
     def call(number: int) -> object:
-        inputs = sets[number % len(sets)]
-        with torch.set_grad_enabled(gradient is not None):
-            out = function(*inputs)
-        if gradient is None:
+        which = number % len(sets)
+        with torch.set_grad_enabled(gradients is not None):
+            out = function(*sets[which])
+        if gradients is None:
             return out
-        outputs = list(out) if isinstance(out, tuple) else [out]
-        return torch.autograd.grad(outputs, inputs, [gradient] * len(outputs))
+        outputs = out if isinstance(out, tuple) else (out,)
+        return torch.autograd.grad(outputs, sets[which], gradients[which])
 
     return call
+
+
+def host_time(variants: Mapping[str, Variant], *, calls: int, rounds: int) -> dict[str, Timing]:
+    """Seconds that a call keeps the host, in turning order; a GPU's queue holds all the calls."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(-1, rounds):
+        for name in sorted(variants, reverse=bool(number % 2)):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken = _host_time(variants[name], calls)
+            if number >= 0:  # the round before warms up
+                seconds[name].append(taken)
+    return {name: summarize(times) for name, times in seconds.items()}
+
+
+def ratios(timings: Mapping[str, Timing]) -> dict[str, float]:
+    """How many times as long as ours each of the others takes."""
+    ours = timings["ours"].median_s
+    return {f"ratio_to_{k}": t.median_s / ours for k, t in timings.items() if k != "ours"}
+
+
+def columns(timings: Mapping[str, Timing]) -> dict[str, float]:
+    """All numbers of all variants, for a results file."""
+    return {k: v for name, timing in timings.items() for k, v in timing.values(name).items()}
 
 
 def summarize(seconds: list[float]) -> Timing:

@@ -2,20 +2,22 @@
 
 ``loss = mean_i -log softmax_j(s_ij)[i]`` with ``s_ij = cos(q_i, d_j) / temperature``, in float32.
 
-The ``[N, M]`` similarities never exist in memory. Forward: a program keeps the largest ``s`` and
-the sum of ``exp(s - largest)`` of its queries over a share of the documents; the shares are joined
-in order. Backward: the similarities are formed again, tile by tile, once for the queries and once
-for the documents. With ``w_ij = (softmax_j(s_ij) - [i = j]) / N`` and unit vectors marked by ^,
+The ``[N, M]`` similarities never exist in memory. Forward: a program keeps the largest ``q d^``
+and the sum of ``exp(s - largest s)`` of its queries over a share of the documents; the shares are
+joined in order. Backward: the similarities are formed again, tile by tile, once for the queries and
+once for the documents. With ``w_ij = (softmax_j(s_ij) - [i = j]) / N`` and ^ for unit vectors,
 ``dq_i = (sum_j w_ij d_j^ - q_i^ sum_j w_ij cos_ij) / (|q_i| temperature)``, and ``dd_j`` likewise.
 
-Rounding: inputs of 16 bits are multiplied as they are and summed in float32, and the lengths
-divide afterwards, so similarities are as exact as those of float32 inputs, whose products are
-IEEE float32. Lengths are float64 until ``1 / |d|`` and ``1 / (|q| temperature)`` are rounded: at a
-temperature of 0.01 their errors would reach the gradient a hundredfold. In the backward, ``w N``
-over the other vector's length is rounded to the inputs' dtype before it multiplies that vector as
-it is, and what is taken out along the own vector is summed from the same rounded numbers: the
-gradient stays exact where its parts nearly cancel, as in a trained encoder. float16 weights are
-scaled to fill their range. Sums are float32, and a gradient is rounded once more. No atomics.
+Rounding: at a temperature of 0.01 what a cosine lacks reaches the gradient a hundredfold. So the
+lengths, in float64 first, divide after the products, and no similarity is rounded: with the row's
+``m``, the largest ``q d^``, ``s - max s`` is ``(q d / |d| - m) / (|q| temperature)``, where a fused
+multiply-add rounds the difference, and what ``1 / |d|`` in float32 lacks is added to it. float32
+products are IEEE float32, summed in blocks of channels that a compensated sum adds; 16-bit inputs
+are multiplied as they are and summed in float32. In the backward, ``w N`` over the other vector's
+length is rounded to the inputs' dtype before it multiplies that vector as it is, and what is taken
+out along the own vector is summed from the same rounded numbers: the gradient stays exact where its
+parts nearly cancel, as in a trained encoder. float16 weights are scaled to fill their range. Sums
+are float32, and a gradient is rounded once more. No atomics.
 
 Source: van den Oord et al. 2018, arXiv:1807.03748, equation 4.
 """
@@ -57,14 +59,39 @@ def _products(
     a_ptr, b_ptr, a_row, b_row, A, B, a_stride, b_stride, C: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of inner products of rows of a and rows of b."""
+    """A tile of inner products of rows of a and rows of b, and what is missing from its sums.
+
+    Blocks of float32 inputs are added by Kahan's sum. Sums of 16-bit inputs stay in the tensor
+    cores, and what they lack, far below the rounding of the gradient, is returned as 0.
+    """
     products = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    missing = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     for start in range(0, C, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)
         a = _load_tile(a_ptr, a_row, A, a_stride, column, C, WIDE)
         b = _load_tile(b_ptr, b_row, B, b_stride, column, C, WIDE)
-        products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
-    return products
+        if a_ptr.dtype.element_ty == tl.float32:
+            added = tl.dot(a, tl.trans(b), input_precision="ieee") + missing
+            total = products + added
+            missing = added - (total - products)
+            products = total
+        else:
+            products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
+    return products, missing
+
+
+@triton.jit
+def _apart(products, missing, scale, low, to, EXACT: tl.constexpr, WIDE: tl.constexpr):
+    """``(products + missing) * (scale + low) - to``, rounded like the difference.
+
+    Two similarities are subtracted before 1 / temperature multiplies them, and their difference
+    is not rounded like themselves. Without ``EXACT`` nothing is missing and ``low`` does not count.
+    """
+    if WIDE:  # the interpreter rounds twice in a fused multiply-add
+        near = (products.to(tl.float64) * scale.to(tl.float64) - to.to(tl.float64)).to(tl.float32)
+    else:
+        near = tl.fma(products, scale + tl.zeros_like(products), -to + tl.zeros_like(products))
+    return near + (products * low + missing * scale) if EXACT else near
 
 
 @triton.jit(do_not_specialize=["N", "M", "share"])
@@ -73,28 +100,38 @@ def _forward_kernel(
     q_stride, d_stride, C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Softmax statistics of a block of queries over ``share`` of the documents, the own apart."""
+    """Softmax statistics of a block of queries over ``share`` of the documents, the own apart.
+
+    ``largest`` is that of ``q d^``, which a query's scale multiplies after the subtraction.
+    """
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
-    q_scale = tl.load(q_scale_ptr + row, mask=row < N, other=0.0)
+    q_scale = tl.load(q_scale_ptr + row, mask=row < N, other=1.0)
     largest = tl.full((BLOCK_A,), float("-inf"), tl.float32)
     others = tl.zeros((BLOCK_A,), tl.float32)
     first = tl.program_id(1) * share
     for start in range(first, tl.minimum(first + share, M), BLOCK_B):
         column = start + tl.arange(0, BLOCK_B)
-        d_scale = tl.load(d_scale_ptr + column, mask=column < M, other=0.0)
-        s = _products(
+        d_scale = tl.load(d_scale_ptr + column, mask=column < M, other=0.0)[None, :]
+        low = tl.load(d_scale_ptr + M + column, mask=column < M, other=0.0)[None, :]
+        products, missing = _products(
             q_ptr, d_ptr, row, column, N, M, q_stride, d_stride, C, BLOCK_A, BLOCK_B, BLOCK_C, WIDE
         )
-        s = s * q_scale[:, None] * d_scale[None, :]
-        s = tl.where((column < M)[None, :], s, float("-inf"))
-        larger = tl.maximum(largest, tl.max(s, axis=1))
+        # Not 0 outside: a largest far below it would make an infinity.
+        inside = (column < M)[None, :]
+        r = tl.where(inside, products * d_scale, float("-inf"))
+        larger = tl.maximum(largest, tl.max(r, axis=1))
         mine = row[:, None] == column[None, :]
-        added = tl.where(mine, 0.0, tl.exp(s - larger[:, None]))
-        others = others * tl.exp(largest - larger) + tl.sum(added, axis=1)
+        s = _apart(products, missing, d_scale, low, larger[:, None], EXACT, WIDE)
+        s *= q_scale[:, None]
+        s = tl.where(inside & ~mine, s, float("-inf"))
+        others = others * tl.exp((largest - larger) * q_scale) + tl.sum(tl.exp(s), axis=1)
         largest = larger
-        own = tl.sum(tl.where(mine, s, 0.0), axis=1)
         held = (row >= start) & (row < start + BLOCK_B) & (row < N)
-        tl.store(own_ptr + row, own, mask=held)
+        tl.store(own_ptr + row, tl.sum(tl.where(mine, products, 0.0), axis=1), mask=held)
+        if EXACT:
+            own_missing = tl.sum(tl.where(mine, missing, 0.0), axis=1)
+            tl.store(own_ptr + N + row, own_missing, mask=held)
     offset = tl.program_id(1).to(tl.int64) * N + row
     tl.store(largest_ptr + offset, largest, mask=row < N)
     tl.store(others_ptr + offset, others, mask=row < N)
@@ -108,6 +145,7 @@ def _backward_kernel(
     QUERIES: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """``CHUNKS * CHUNK`` columns of the gradients of a block of a; a holds queries or documents."""
+    EXACT: tl.constexpr = a_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     base = tl.program_id(1) * CHUNKS * CHUNK
     a_scale = tl.load(a_scale_ptr + row, mask=row < A, other=0.0)
@@ -117,6 +155,8 @@ def _backward_kernel(
         largest = tl.load(largest_ptr + row, mask=row < N, other=0.0)[:, None]
         inverse = 1.0 / tl.load(total_ptr + row, mask=row < N, other=1.0)[:, None]
         others = tl.load(others_ptr + row, mask=row < N, other=0.0)[:, None]
+    else:
+        low = tl.load(a_scale_ptr + A + row, mask=row < A, other=0.0)[:, None]
     along = tl.zeros((BLOCK_A,), tl.float32)
     sums = ()
     for _ in tl.static_range(CHUNKS):
@@ -124,25 +164,25 @@ def _backward_kernel(
     for start in range(0, B, BLOCK_B):
         other = start + tl.arange(0, BLOCK_B)
         b_scale = tl.load(b_scale_ptr + other, mask=other < B, other=0.0)
-        products = _products(
+        products, missing = _products(
             a_ptr, b_ptr, row, other, A, B, a_stride, b_stride, C, BLOCK_A, BLOCK_B, BLOCK_C, WIDE
         )
-        # The scale of the queries comes first, as in the forward, for the same bits.
         if QUERIES:
-            s = products * a_scale[:, None] * b_scale[None, :]
+            low = tl.load(b_scale_ptr + B + other, mask=other < B, other=0.0)[None, :]
+            s = _apart(products, missing, b_scale[None, :], low, largest, EXACT, WIDE)
+            s *= a_scale[:, None]
             weight = b_scale
         else:
-            s = products * b_scale[None, :] * a_scale[:, None]
-            weight = b_scale * temperature
-        if not QUERIES:
             largest = tl.load(largest_ptr + other, mask=other < N, other=0.0)[None, :]
             inverse = 1.0 / tl.load(total_ptr + other, mask=other < N, other=1.0)[None, :]
             others = tl.load(others_ptr + other, mask=other < N, other=0.0)[None, :]
-        # Not 0 outside: a largest far below it would make an infinity.
+            s = _apart(products, missing, a_scale[:, None], low, largest, EXACT, WIDE)
+            s *= b_scale[None, :]
+            weight = b_scale * temperature
         s = tl.where((row < A)[:, None] & (other < B)[None, :], s, float("-inf"))
         # The own weight, p - 1, from the sum of the others: p may be 1 but for its last bits.
         mine = row[:, None] == other[None, :]
-        w = tl.where(mine, -others, tl.exp(s - largest)) * inverse
+        w = tl.where(mine, -others, tl.exp(s)) * inverse
         unscale = 1.0
         if SCALED:
             # Zero vectors must not make the others small; they add nothing.
@@ -215,8 +255,11 @@ def chunks(C: int, chunk: int) -> int:
 
 
 def _scale(x: Tensor, temperature: float) -> Tensor:
+    """``1 / (|x| temperature)`` in two rows: as float32, and what that lacks."""
     length = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
-    return length.clamp_min_(EPS).mul_(temperature).reciprocal_().float()
+    scale = length.clamp_min_(EPS).mul_(temperature).reciprocal_()
+    rounded = scale.float()
+    return torch.stack((rounded, scale.sub_(rounded).float()))
 
 
 def _launch_forward(
@@ -225,13 +268,13 @@ def _launch_forward(
     q, d = _runtime.neighbouring(queries), _runtime.neighbouring(documents)
     (N, C), M = q.shape, len(d)
     _, largest, total, others, *_ = _fake_forward(q, d, temperature)
-    q_scale, d_scale = _scale(q, temperature), _scale(d, 1.0)
+    q_scale, d_scale = _scale(q, temperature)[0], _scale(d, 1.0)
     tile = choice(q.element_size(), backward=False)
     blocks = triton.cdiv(N, tile.a)
     wanted = triton.cdiv(_runtime.resident_programs(q, PROGRAMS_PER_SM), blocks)
     share = triton.cdiv(triton.cdiv(M, tile.b), wanted) * tile.b
     shares = triton.cdiv(M, share)
-    own = torch.empty_like(largest)
+    own = q.new_zeros((2, N), dtype=torch.float32)
     larges, shared = q.new_empty((2, shares, N), dtype=torch.float32)
     _forward_kernel[(blocks, shares)](
         q, d, q_scale, d_scale, larges, shared, own, N, M, share, q.stride(0), d.stride(0),
@@ -240,10 +283,15 @@ def _launch_forward(
         **_runtime.FP_FUSION,
     )  # fmt: skip
     torch.amax(larges, dim=0, out=largest)
-    torch.sum(shared * (larges - largest).exp_(), dim=0, out=others)
-    torch.add(others, (own - largest).exp_(), out=total)
+    torch.sum(shared * ((larges - largest) * q_scale).exp_(), dim=0, out=others)
     # Not log(total) + largest: a small loss would drown in the rounding of a large similarity.
-    loss = ((largest - own) + total.log()).mean()
+    # Vectors of N: float64 costs nothing here.
+    nearest = own.double().sum(0).mul_(d_scale[:, :N].double().sum(0))
+    apart = nearest.sub_(largest).mul_(q_scale).float()
+    torch.add(others, apart.exp(), out=total)
+    # A small loss would drown in the rounding of log(total), and a large one overflow the other.
+    small = others.mul(apart.neg().exp_()).log1p_()
+    loss = small.where(apart > -1, total.log() - apart).mean()
     return loss, largest, total, others, q_scale, d_scale
 
 
@@ -251,7 +299,8 @@ def _fake_forward(
     queries: Tensor, documents: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     N, M = queries.shape[0], documents.shape[0]
-    loss, *vectors = (queries.new_empty(size, dtype=torch.float32) for size in ((), N, N, N, N, M))
+    sizes: tuple[Any, ...] = ((), N, N, N, N, (2, M))
+    loss, *vectors = (queries.new_empty(size, dtype=torch.float32) for size in sizes)
     return loss, vectors[0], vectors[1], vectors[2], vectors[3], vectors[4]
 
 

@@ -5,7 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import assert_parity
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import neobert_kernels as nk
 from neobert_kernels import _runtime
@@ -419,6 +422,53 @@ def test_every_plan_keeps_its_promise(R, V, itemsize):
         assert plan.chunk % 128 == 0
     if plan.step < plan.chunk:
         assert plan.step % 128 == 0
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most that storages made inside take at once; what no tensor holds any more is free."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = pytree.tree_leaves((args, kwargs))
+        before = {t.untyped_storage()._cdata for t in filter(of, given)}
+        before |= {x._cdata for x in given if isinstance(x, torch.UntypedStorage)}
+        out = function(*args, **(kwargs or {}))
+        self.held = {key: held for key, held in self.held.items() if not held[0].expired()}
+        for t in filter(of, pytree.tree_leaves(out)):
+            storage = t.untyped_storage()
+            if storage._cdata not in before:
+                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
+        return out
+
+
+def of(value):
+    return isinstance(value, torch.Tensor)
+
+
+@runs_kernel
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("labelled", [17, 48])
+def test_peak_memory_is_the_stated_formula(labelled, gradients, small_chunks, device):
+    T, C, V, s = 60, 40, 1000, 4
+    tensors, labels = random(T, C, V, torch.float32, device, share=1)
+    labels[labelled:] = -100
+    rows = (labels != -100).nonzero().squeeze(1)
+    width = -(-V // 64) * 64
+    plan = kernels.plan(labelled, width, s)
+    stated = 4 * plan.step * width + s * labelled * C
+    if gradients:
+        stated += s * plan.chunk * width + 4 * V * C + 4 * labelled * C
+    with LiveBytes() as live:
+        kernels.launch(
+            *tensors[:2], labels, tensors[2], rows, None, -100, torch.float32, *(gradients,) * 3
+        )
+    # Vectors of T and V numbers, which the formula leaves out.
+    assert stated <= live.peak <= stated + 32 * T + 16 * width
+    assert live.peak < T * V * 4  # float32 logits of all rows
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU: captures a CUDA graph")
