@@ -26,6 +26,7 @@ from neobert.loading import (
     model_folder,
     text_length,
 )
+from neobert.prepacked import available, prepack
 from neobert.sentence_files import POOLINGS, SentenceSettings, read_settings
 from neobert_kernels import patching
 
@@ -71,6 +72,7 @@ class Encoder:
     Attributes:
         name: The model as the caller named it.
         family: Its ``model_type``.
+        model: For inference only: in float32 on a CPU its Linear layers are prepacked.
         dim: Width of an embedding.
         pooling: "mean" or "cls".
         normalize: Whether embeddings have length 1.
@@ -139,6 +141,9 @@ class Encoder:
         tokenizer = load_tokenizer(folder, network.config.vocab_size)
         length = text_length(max_length, settings, tokenizer, network.config)
         report = nk.patch(network) if patched else None
+        max_tokens = max_tokens or MAX_TOKENS[where.type]
+        if patched and where.type == "cpu" and dtype == "float32" and available():
+            prepack(network, max_tokens)
         fingerprint: dict[str, str | int] = {
             "model": str(model),
             "revision": revision or "",
@@ -158,7 +163,7 @@ class Encoder:
             tokenizer=tokenizer,
             settings=settings,
             max_length=length,
-            max_tokens=max_tokens or MAX_TOKENS[where.type],
+            max_tokens=max_tokens,
             threads=threads or torch.get_num_threads(),
             report=report,
             fingerprint=fingerprint,
