@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from neobert.readers import one_line
+from neobert.readers import InputError, escaped, has_surrogates, one_line
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
@@ -80,7 +80,18 @@ def _run(arguments: list[str]) -> int:
             subparsers.add_parser(name, help=summary)
     args = parser.parse_args(arguments)
     assert run is not None
+    _check_unicode(args)
     return run(args) or 0
+
+
+def _check_unicode(args: argparse.Namespace) -> None:
+    """Bytes that are not UTF-8, in a name or a text, would fail somewhere later, half-way."""
+    for name, given in vars(args).items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str) and has_surrogates(value):
+                raise InputError(
+                    f"{name.replace('_', '-')}: expected valid UTF-8, got {escaped(value)}"
+                )
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from neobert.commands.arguments import positive
+from neobert.commands.arguments import positive, threads
 from neobert.commands.progress import Progress
 from neobert.comparison import BASELINE, Comparison, Side, compare
 from neobert.passages import Passage, standard_library_passages
@@ -44,7 +44,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help=f"passages to embed, a fixed random sample (default: {TEXTS})",
     )
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="CPU threads for both (default: PyTorch's)"
+        "--threads", type=threads, metavar="N", help="CPU threads for both (default: PyTorch's)"
     )
     parser.set_defaults(run=run)
 

@@ -28,6 +28,7 @@ from neobert.loading import (
 )
 from neobert.prepacked import available, prepack
 from neobert.sentence_files import POOLINGS, SentenceSettings, read_settings
+from neobert.truncation import token_ids
 from neobert_kernels import patching
 
 Progress = Callable[[int, int], None]
@@ -119,7 +120,7 @@ class Encoder:
             max_tokens: Real tokens of one batch; 0 chooses by device.
             max_length: Tokens kept of each text; default as the model's files say.
             revision: Branch, tag or commit of a hub id.
-            threads: CPU threads; default PyTorch's.
+            threads: CPU threads, at most this machine's cores; default PyTorch's.
             pooling, normalize: Override what the model's sentence-transformers files say.
 
         Raises:
@@ -196,7 +197,7 @@ class Encoder:
             ``[N, dim]`` float32, rows in the order of ``texts``.
 
         Raises:
-            ValueError: An item is not a string.
+            ValueError: An item is not a string, or not valid Unicode.
         """
         if isinstance(texts, str):
             raise ValueError("texts: expected a sequence of strings, got one string")
@@ -232,15 +233,7 @@ class Encoder:
         prompted = (
             [self.settings.prompt + text for text in texts] if self.settings.prompt else texts
         )
-        rows = self.tokenizer(
-            prompted,
-            truncation=True,
-            max_length=self.max_length,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        cut = sum(bool(row.overflowing) for row in rows.encodings)
-        return _Window(start, rows["input_ids"], cut)
+        return _Window(start, *token_ids(self.tokenizer, prompted, self.max_length, start))
 
     def _embed(self, window: _Window, run: Callable, progress: Progress | None) -> Chunk:
         embeddings = np.empty((len(window.ids), self.dim), np.float32)
@@ -366,6 +359,9 @@ def _check_options(
     for name, value in (("max_length", max_length), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > cores:
+        raise ValueError(f"threads: expected 1 to {cores} (this machine's cores), got {threads}")
 
 
 def _device(device: str | None) -> torch.device:

@@ -29,6 +29,8 @@ from neobert.readers import (
     LineReader,
     ReadOptions,
     Row,
+    escaped,
+    has_surrogates,
     one_line,
 )
 
@@ -149,6 +151,10 @@ def open_source(
     else:
         files = [root]
     for file in files:
+        if has_surrogates(str(file)):
+            raise InputError(
+                f"input: expected file names in UTF-8, got {escaped(str(file))}; rename it"
+            )
         if file.exists() and not os.access(file, os.R_OK):
             raise InputError(f"input: expected a readable file, got {file} (permission denied)")
     if options.id_column is not None and any(file.suffix.lower() == ".txt" for file in files):

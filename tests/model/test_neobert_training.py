@@ -10,10 +10,12 @@ from parity import assert_within_budget
 from torch import Tensor, nn
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
+import neobert_kernels as nk
 from neobert import (
     NeoBERTConfig,
     NeoBERTForMaskedLM,
     NeoBERTForSequenceClassification,
+    NeoBERTForTokenClassification,
     NeoBERTModel,
     NeoBERTTokenizer,
 )
@@ -78,6 +80,39 @@ def test_lora_trains_its_adapters_alone(folder: Path, ids: Tensor, mask: Tensor,
     reloaded.base_model.model.dense.load_state_dict(base.dense.state_dict())
     torch.testing.assert_close(reloaded(**inputs).logits, after)
     torch.testing.assert_close(reloaded.merge_and_unload()(**inputs).logits, after)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_an_adapter_with_the_whole_head_reloads_to_equal_logits(
+    task: str, folder: Path, ids: Tensor, mask: Tensor, tmp_path: Path
+):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(
+        r=2, target_modules=LINEARS, task_type=task, modules_to_save=["dense", "classifier"]
+    )
+    kind: Any = {
+        "SEQ_CLS": NeoBERTForSequenceClassification,
+        "TOKEN_CLS": NeoBERTForTokenClassification,
+    }[task]
+    model = get_peft_model(kind.from_pretrained(folder, num_labels=3), config).train()
+    labels = torch.tensor([0, 1, 2, 0]) if task == "SEQ_CLS" else ids % 3
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    named = gradients(model, **inputs)
+    assert {n.split(".")[-1] for n, g in named.items() if ".dense." in n and g.any()} == {
+        "weight", "bias",
+    }  # fmt: skip
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5).step()
+    model.eval().save_pretrained(str(tmp_path))
+    expected = model(**inputs).logits
+    torch.manual_seed(1)
+    fresh: Any = PeftModel.from_pretrained(
+        kind.from_pretrained(folder, num_labels=3), str(tmp_path)
+    )
+    assert torch.equal(fresh(**inputs).logits, expected)
+    nk.patch(fresh)
+    kept = mask.bool() if task == "TOKEN_CLS" else ...
+    torch.testing.assert_close(fresh(**inputs).logits[kept], expected[kept])
 
 
 def test_lora_on_the_encoder_gives_features(folder: Path, ids: Tensor, mask: Tensor):
