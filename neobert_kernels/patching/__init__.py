@@ -23,6 +23,7 @@ _MODELS = "transformers.models"
 # Class of the base model: the module whose ``FAMILY`` describes it.
 ADAPTERS = {
     f"{_MODELS}.bert.modeling_bert.BertModel": "bert",
+    f"{_MODELS}.modernbert.modeling_modernbert.ModernBertModel": "modernbert",
     f"{_MODELS}.roberta.modeling_roberta.RobertaModel": "roberta",
     f"{_MODELS}.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel": "xlm_roberta",
     "neobert.model.NeoBERTModel": "neobert",

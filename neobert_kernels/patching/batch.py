@@ -71,6 +71,8 @@ def read_batch(
         _check.tensor("position_ids", position_ids, ndim=2)
         _check.dtype("position_ids", position_ids, (torch.int64, torch.int32))
         _check.shape("position_ids", position_ids, (1 if len(position_ids) == 1 else rows, length))
+    if attention_mask is not None:
+        _check.tensor("attention_mask", attention_mask, ndim=2)
     bounds = _boundaries(tokens, attention_mask, position_ids, kwargs, first)
     if bounds is not None:
         cu_seqlens, max_seqlen = bounds
@@ -84,7 +86,6 @@ def read_batch(
     if attention_mask is None:
         packing = full(rows, length, tokens.device)
     else:
-        _check.tensor("attention_mask", attention_mask, ndim=2)
         _check.shape("attention_mask", attention_mask, (rows, length))
         _check.device("attention_mask", attention_mask, tokens.device)
         packing = unpad(attention_mask)

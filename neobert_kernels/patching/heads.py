@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import neobert_kernels as nk
 from neobert_kernels import _check
 from neobert_kernels.patching.batch import Batch
+from neobert_kernels.patching.blocks import at
 from neobert_kernels.patching.family import (
     OPTIONS,
     HeadCall,
@@ -99,6 +100,7 @@ def masked_lm(
     by_items: bool = False,
     zero_if_empty: bool = False,
     loss_function: bool = False,
+    sparse: Callable[[Any], int | None] = lambda self: None,
 ) -> Maker:
     """Masked LM.
 
@@ -108,6 +110,8 @@ def masked_lm(
         by_items: Whether the family's loss is divided by the Trainer's ``num_items_in_batch``.
         zero_if_empty: Whether a batch without any label has loss 0; else NaN, as torch's mean.
         loss_function: Whether the class calls ``self.loss_function``, which users can replace.
+        sparse: ``(model)`` to the label at which the class, given labels, returns no logits: they
+            are ``[N, V]`` then, at the N other tokens. None: it returns them at every token.
     """
 
     @functools.cache
@@ -129,18 +133,25 @@ def masked_lm(
             if labels is not None and not (own_loss or _wants_logits(self, options, decoder(self))):
                 total, packed = _loss_only(self, inputs, labels, rows, items, options)
                 return _output(self, "MaskedLMOutput", packed, return_dict, loss=total)
-            packed = _call_base(self, inputs, HeadCall())
+            left_out = None if labels is None else sparse(self)
+            call = HeadCall()
+            if left_out is not None:
+                call = HeadCall(
+                    lambda batch: _labelled(labels, batch, (left_out,)).nonzero().squeeze(1)
+                )
+            packed = _call_base(self, inputs, call)
             logits = decoder(self)(hidden(self, packed.x))
             loss = None
             if labels is not None:
-                labels = _labels("labels", labels, packed.batch, logits)
+                labels = at(packed.rows, _labels("labels", labels, packed.batch, logits))
                 if zero_if_empty and items is None:
                     items = (labels != IGNORE_INDEX).sum().clamp(min=1)
                 if own_loss:
                     loss = _own_loss(self, logits, labels, items)
                 else:
                     loss = cross_entropy(logits, labels, items)
-            logits = _lay_out(self, packed, logits)
+            if packed.rows is None:
+                logits = _lay_out(self, packed, logits)
             return _output(self, "MaskedLMOutput", packed, return_dict, loss=loss, logits=logits)
 
         def _loss_only(
@@ -151,13 +162,16 @@ def masked_lm(
             items: Any,
             options: Options,
         ) -> tuple[Tensor, Packed]:
-            def labelled(batch: Batch) -> Tensor:
-                own = _labels("labels", labels, batch, batch.positions)
-                if known is not None:
-                    return _known_rows(known, own, batch)
-                return (own != IGNORE_INDEX).nonzero().squeeze(1)
+            left_out = sparse(self)
+            unlabelled = (IGNORE_INDEX,) if left_out is None else (IGNORE_INDEX, left_out)
 
-            packed = _call_base(self, inputs, HeadCall(labelled, options.labelled_rows_only))
+            def rows_of(batch: Batch) -> Tensor:
+                labelled = _labelled(labels, batch, unlabelled)
+                if known is not None:
+                    return _known_rows(known, labelled, batch)
+                return labelled.nonzero().squeeze(1)
+
+            packed = _call_base(self, inputs, HeadCall(rows_of, options.labelled_rows_only))
             x, rows = packed.x, packed.rows
             assert rows is not None
             own = _labels("labels", labels, packed.batch, x).index_select(0, rows)
@@ -174,19 +188,28 @@ def masked_lm(
     return maker
 
 
-def _known_rows(rows: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+def _known_rows(rows: Tensor, labelled: Tensor, batch: Batch) -> Tensor:
     """``labelled_rows`` of a packed call: nothing has to be read back from the device then."""
     if batch.packing is not None:
         raise _check.error("labelled_rows", "None unless the input is packed", tuple(rows.shape))
     _check.tensor("labelled_rows", rows, ndim=1)
     _check.dtype("labelled_rows", rows, (torch.int64,))
-    _check.device("labelled_rows", rows, labels.device)
+    _check.device("labelled_rows", rows, labelled.device)
     if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        wanted = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        wanted = labelled.nonzero().squeeze(1)
         if not torch.equal(rows.sort().values, wanted):
             rule = f"the indices of all labelled tokens ({len(wanted)})"
             raise _check.error("labelled_rows", rule, f"{len(rows)} others")
     return rows
+
+
+def _labelled(labels: Tensor, batch: Batch, unlabelled: tuple[int, ...]) -> Tensor:
+    """Whether each token's label is none of ``unlabelled``: ``[T]`` bool."""
+    own = _labels("labels", labels, batch, batch.positions)
+    labelled = torch.ones_like(own, dtype=torch.bool)
+    for index in unlabelled:
+        labelled &= own != index
+    return labelled
 
 
 def _wants_logits(self: Any, options: Options, decoder: Any) -> bool:
@@ -310,15 +333,18 @@ def token_classification(score: Score, loss_of: Loss = token_loss) -> Maker:
     return maker
 
 
-def question_answering(score: Score) -> Maker:
-    """Extractive question answering; ``score(model, [T, C])`` gives ``[T, 2]``."""
+def question_answering(score: Score, loss_function: bool = False) -> Maker:
+    """Extractive question answering; ``score(model, [T, C])`` gives ``[T, 2]``.
+
+    Where the class calls ``self.loss_function``, which users can replace, so does this.
+    """
 
     @functools.cache
     def maker(cls: type) -> Callable:
         def forward(self: Any, inputs: dict[str, Any]) -> Any:
             """The class's forward at real tokens; a span never begins or ends at padding."""
             return_dict = inputs.pop("return_dict", None)
-            inputs.pop("num_items_in_batch", None)
+            items = inputs.pop("num_items_in_batch", None)
             targets = [inputs.pop(f"{end}_positions", None) for end in ("start", "end")]
             packed = _call_base(self, inputs, HeadCall())
             answered = all(t is not None for t in targets)
@@ -326,7 +352,12 @@ def question_answering(score: Score) -> Maker:
                 raise _check.error("start_positions", "None when packed", tuple(targets[0].shape))
             lowest = torch.finfo(packed.x.dtype).min
             spans = [packed.batch.unpack(end, lowest) for end in score(self, packed.x).unbind(-1)]
-            loss = _span_loss(spans, targets) if answered else None
+            loss = None
+            if answered and loss_function:
+                options = {} if items is None else {"num_items_in_batch": items}
+                loss = self.loss_function(*spans, *targets, **options)
+            elif answered:
+                loss = _span_loss(spans, targets)
             if getattr(self, OPTIONS).packed_output:
                 spans = [packed.batch.pack(span)[None] for span in spans]
             kind = "QuestionAnsweringModelOutput"

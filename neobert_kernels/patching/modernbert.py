@@ -1,0 +1,183 @@
+"""ModernBERT, Ettin, mmBERT: rotary positions, pre-norm, GeGLU, windows in most layers."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import neobert_kernels as nk
+from neobert_kernels import _check
+from neobert_kernels.patching import heads
+from neobert_kernels.patching.batch import Batch
+from neobert_kernels.patching.blocks import (
+    at,
+    expect,
+    layer_norm,
+    refuse_attention_dropout,
+    run_pre_norm,
+)
+from neobert_kernels.patching.family import Family, Packed, replacement
+
+OPERATORS = (
+    "add_layer_norm", "first_pool", "geglu", "layer_norm", "linear_cross_entropy", "mean_pool",
+    "qkv_attention", "rope_table",
+)  # fmt: skip
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def check(base: Any) -> None:
+    """Raise ValueError unless every part is one that the functions below understand."""
+    from transformers.activations import GELUActivation
+    from transformers.models.modernbert import modeling_modernbert as modeling
+
+    expect(base.embeddings, modeling.ModernBertEmbeddings, "embeddings")
+    expect(base.embeddings.norm, nn.LayerNorm, "embeddings.norm")
+    for name, layer in layers(base):
+        expect(layer, modeling.ModernBertEncoderLayer, name, called=True)
+        expect(layer.attn, modeling.ModernBertAttention, f"{name}.attn")
+        expect(layer.mlp, modeling.ModernBertMLP, f"{name}.mlp")
+        expect(layer.mlp.act, GELUActivation, f"{name}.mlp.act")
+        without = type(layer.attn_norm) is nn.Identity  # the first layer reads the embeddings' norm
+        expect(layer.attn_norm, nn.Identity if without else nn.LayerNorm, f"{name}.attn_norm")
+        expect(layer.mlp_norm, nn.LayerNorm, f"{name}.mlp_norm")
+        _check_window(name, layer, base.config)
+    expect(base.final_norm, nn.LayerNorm, "final_norm")
+    expect(base.rotary_emb, modeling.ModernBertRotaryEmbedding, "rotary_emb")
+    for kind in _kinds(base):
+        _check_angles(base, kind)
+
+
+def _check_window(name: str, layer: Any, config: Any) -> None:
+    """Unpatched, the mask comes from ``config`` or from the layer, as the attention's name says."""
+    reaches = {SLIDING: config.sliding_window + 1, FULL: None}
+    if layer.attention_type not in reaches:
+        rule = f"{name}.attention_type to be {SLIDING!r} or {FULL!r}"
+        raise _check.error("model", rule, repr(layer.attention_type))
+    reach = reaches[layer.attention_type]
+    if layer.attn.sliding_window != reach:
+        rule = f"{name}.attn.sliding_window to be {reach}, as its config says"
+        raise _check.error("model", rule, layer.attn.sliding_window)
+
+
+def _check_angles(base: Any, kind: str) -> None:
+    """The table comes from ``config``, unpatched it comes from buffers: they have to agree."""
+    rope_type = base.rotary_emb.rope_type[kind]
+    if rope_type != "default":
+        raise _check.error("model", f"default RoPE in {kind}", f"rope_type {rope_type!r}")
+    frequencies = getattr(base.rotary_emb, f"{kind}_inv_freq").float()
+    size, theta = base.layers[0].attn.head_dim, _theta(base, kind)
+    expected = theta ** (torch.arange(0, size, 2, device=frequencies.device) / -size)
+    # Wide enough for buffers that went through float16 with the rest of the model.
+    if frequencies.shape != expected.shape or not torch.allclose(
+        frequencies, expected, rtol=0.01, atol=6e-8
+    ):
+        rule = f"rotary_emb.{kind}_inv_freq to be that of the config's rope_theta ({theta})"
+        raise _check.error("model", rule, "other frequencies")
+
+
+def _kinds(base: Any) -> list[str]:
+    return sorted({layer.attention_type for layer in base.layers})
+
+
+def _theta(base: Any, kind: str) -> float:
+    return base.config.rope_parameters[kind]["rope_theta"]
+
+
+def layers(base: Any) -> Iterator[tuple[str, Any]]:
+    for i, layer in enumerate(base.layers):
+        yield f"layers.{i}", layer
+
+
+def embed(base: Any, batch: Batch, tokens: Tensor, extras: dict[str, Tensor]) -> Tensor:
+    embeddings = base.embeddings
+    x = tokens if tokens.is_floating_point() else embeddings.tok_embeddings(tokens)
+    return embeddings.drop(layer_norm(embeddings.norm, x, None)[0])
+
+
+@replacement
+def layer_forward(
+    self: Any,
+    x: Tensor,
+    delta: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    rows: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One block on packed tokens: ``x`` and ``delta``, both ``[T, C]``, to the next pair."""
+    attn, mlp = self.attn, self.mlp
+    refuse_attention_dropout(self.training, attn.attention_dropout)
+    if isinstance(self.attn_norm, nn.Identity):
+        u = x = x if delta is None else x + delta
+    else:
+        u, x = layer_norm(self.attn_norm, x, delta)
+    qkv = attn.Wqkv(u).unflatten(-1, (3, -1, attn.head_dim)).transpose(1, 2)
+    # The module keeps the radius + 1, which is what flash attention's interface in transformers
+    # expects; our window is the radius.
+    window = None if attn.sliding_window is None else attn.sliding_window - 1
+    context = nk.qkv_attention(qkv, cu_seqlens, max_seqlen, cos=cos, sin=sin, window=window)
+    delta = attn.out_drop(attn.Wo(at(rows, context.flatten(1))))
+    u, x = layer_norm(self.mlp_norm, at(rows, x), delta)
+    return x, mlp.Wo(mlp.drop(nk.geglu(mlp.Wi(u))))
+
+
+def run(
+    base: Any, x: Tensor, batch: Batch, states: list[Tensor] | None, rows: Tensor | None
+) -> Tensor:
+    thetas = {kind: _theta(base, kind) for kind in _kinds(base)}
+    size = base.config.hidden_size // base.config.num_attention_heads
+    # One for each theta: mmBERT and Ettin have the same in both kinds of layers.
+    tables = {theta: nk.rope_table(batch.positions, size, theta) for theta in set(thetas.values())}
+
+    def context(layer: Any) -> tuple:
+        return (*tables[thetas[layer.attention_type]], batch.cu_seqlens, batch.max_seqlen)
+
+    return run_pre_norm(
+        base.layers,
+        x,
+        states,
+        rows,
+        context=context,
+        final_norm=lambda x, delta: layer_norm(base.final_norm, x, delta),
+    )
+
+
+def score(self: Any, x: Tensor) -> Tensor:
+    return self.classifier(self.drop(self.head(x)))
+
+
+def classify(self: Any, packed: Packed) -> Tensor:
+    pools = {"cls": heads.first_pooled, "mean": heads.mean_pooled}
+    pooling = self.config.classifier_pooling
+    if pooling not in pools:
+        raise _check.error("config.classifier_pooling", "'cls' or 'mean'", repr(pooling))
+    return score(self, pools[pooling](packed))
+
+
+FAMILY = Family(
+    name="modernbert",
+    operators=OPERATORS,
+    check=check,
+    layers=layers,
+    layer_forward=layer_forward,
+    what="packed RoPE-attention with windows, GeGLU, norms fused with their residual",
+    embed=embed,
+    run=run,
+    output="BaseModelOutput",
+    longest=lambda base: None,
+    heads={
+        "ModernBertForMaskedLM": heads.masked_lm(
+            lambda self, x: self.head(x),
+            lambda self: self.decoder,
+            by_items=True,
+            loss_function=True,
+            sparse=lambda self: self.sparse_pred_ignore_index if self.sparse_prediction else None,
+        ),
+        "ModernBertForSequenceClassification": heads.sequence_classification(classify),
+        "ModernBertForMultipleChoice": heads.multiple_choice(classify),
+        "ModernBertForTokenClassification": heads.token_classification(score),
+        "ModernBertForQuestionAnswering": heads.question_answering(score, loss_function=True),
+    },
+)
