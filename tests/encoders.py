@@ -1,5 +1,6 @@
 """Tiny random models of every family that `patch` knows, from their native configs."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 import transformers as tf
 from torch import nn
+from torch.nn import functional as F
 
 import neobert
 
@@ -40,6 +42,7 @@ class Encoder:
         prefix: What their names begin with.
         padding: Id of the padding token.
         first_position: Position of a document's first token.
+        longest: The most tokens a document may have, or None.
         lora: Names of Linear layers for LoRA.
     """
 
@@ -49,6 +52,7 @@ class Encoder:
     lora: tuple[str, ...]
     padding: int = 0
     first_position: int = 0
+    longest: int | None = 64
 
     def base(self, **changes: Any) -> nn.Module:
         return getattr(self.library, f"{self.prefix}Model")(self.config(**changes))
@@ -87,6 +91,27 @@ ENCODERS = {
         padding=1,
         first_position=2,
     ),
+    "nomic_bert": Encoder(
+        _config(tf.NomicBertConfig, max_position_embeddings=64),
+        tf,
+        "NomicBert",
+        lora=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"),
+        longest=None,
+    ),
+    "eurobert": Encoder(
+        _config(
+            tf.EuroBertConfig,
+            num_key_value_heads=1,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=1,
+            mask_token_id=1,
+        ),
+        tf,
+        "EuroBert",
+        lora=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"),
+        longest=None,
+    ),
     "neobert": Encoder(
         _config(neobert.NeoBERTConfig, max_length=64, intermediate_size=96, classifier_dropout=0.0),
         neobert,
@@ -106,6 +131,23 @@ def randomized(model: nn.Module) -> nn.Module:
         for name, p in model.named_parameters():
             p.copy_(torch.randn_like(p) * 0.2 + (1.0 if "orm" in name and "weight" in name else 0))
     return model
+
+
+def _wide_loss(
+    logits: torch.Tensor, labels: torch.Tensor, *, num_items_in_batch: Any = None, **_: Any
+) -> torch.Tensor:
+    logits, labels = logits.flatten(0, -2), labels.flatten()
+    if num_items_in_batch is None:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+def widened(model: Any) -> Any:
+    """A float64 twin; its masked-LM loss too, which transformers' newer heads round to float32."""
+    twin = copy.deepcopy(model).double()
+    if type(model).__name__.endswith(_CLASSES["mlm"]):
+        twin.loss_function = _wide_loss
+    return twin
 
 
 def padded(

@@ -25,6 +25,8 @@ ADAPTERS = {
     f"{_MODELS}.bert.modeling_bert.BertModel": "bert",
     f"{_MODELS}.roberta.modeling_roberta.RobertaModel": "roberta",
     f"{_MODELS}.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel": "xlm_roberta",
+    f"{_MODELS}.nomic_bert.modeling_nomic_bert.NomicBertModel": "nomic_bert",
+    f"{_MODELS}.eurobert.modeling_eurobert.EuroBertModel": "eurobert",
     "neobert.model.NeoBERTModel": "neobert",
 }
 

@@ -4,7 +4,15 @@ import copy
 
 import pytest
 import torch
-from encoders import ENCODERS, LENGTHS, head_cases, padded, randomized, with_labels
+from encoders import (
+    ENCODERS,
+    LENGTHS,
+    head_cases,
+    padded,
+    randomized,
+    widened,
+    with_labels,
+)
 from parity import assert_same, assert_same_gradients
 from torch.nn import functional as F
 
@@ -96,7 +104,7 @@ def test_loss_and_every_gradient(family, kind, checkpointing, supports):
     # A span's loss is taken over the row: without padding both models have the same rows.
     lengths = (9, 9, 9, 9) if kind == "question" else LENGTHS
     inputs = with_labels(kind, *padded(family, lengths))
-    exact, rounded = copy.deepcopy(model).double(), copy.deepcopy(model)
+    exact, rounded = widened(model), copy.deepcopy(model)
     if checkpointing:
         model.gradient_checkpointing_enable()
     nk.patch(model)
@@ -209,7 +217,7 @@ def test_masked_lm_returns_logits_as_asked(family):
 def test_labelled_rows_only_changes_no_gradient(family):
     model = ENCODERS[family].head("mlm").train()
     inputs = with_labels("mlm", *padded(family))
-    exact, rounded = copy.deepcopy(model).double(), copy.deepcopy(model)
+    exact, rounded = widened(model), copy.deepcopy(model)
     nk.patch(model, labelled_rows_only=True)
     losses = []
     for each in (model, rounded, exact):
