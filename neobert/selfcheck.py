@@ -184,6 +184,8 @@ SAMPLES: dict[str, Callable[[torch.Generator], Sample]] = {
     ),
     "swiglu": lambda g: Sample((_normal(g, T, 2 * C),)),
     "geglu": lambda g: Sample((_normal(g, T, 2 * C),)),
+    "silu_mul": lambda g: Sample((_normal(g, T, C), _normal(g, T, C)), leaves=(0, 1)),
+    "gelu_mul": lambda g: Sample((_normal(g, T, C), _normal(g, T, C)), leaves=(0, 1)),
     "rope_table": lambda g: Sample((torch.arange(T), D), leaves=()),
     "rope": lambda g: Sample((_normal(g, T, H, D), *_tables())),
     "attention": _attention,

@@ -42,7 +42,16 @@ if TYPE_CHECKING:
         rms_norm_reference,
     )
     from neobert_kernels.ops.rope import rope, rope_reference, rope_table, rope_table_reference
-    from neobert_kernels.ops.swiglu import geglu, geglu_reference, swiglu, swiglu_reference
+    from neobert_kernels.ops.swiglu import (
+        geglu,
+        geglu_reference,
+        gelu_mul,
+        gelu_mul_reference,
+        silu_mul,
+        silu_mul_reference,
+        swiglu,
+        swiglu_reference,
+    )
     from neobert_kernels.patching import PatchReport, patch, patched, unpatch
 
 __version__ = "0.1.0"
@@ -57,7 +66,7 @@ _WHERE = {
     "ops.pooling": ("first_pool", "mean_pool"),
     "ops.rms_norm": ("add_rms_norm", "rms_norm"),
     "ops.rope": ("rope", "rope_table"),
-    "ops.swiglu": ("geglu", "swiglu"),
+    "ops.swiglu": ("geglu", "gelu_mul", "silu_mul", "swiglu"),
     "patching": ("PatchReport", "patch", "patched", "unpatch"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
@@ -78,6 +87,8 @@ __all__ = [
     "first_pool_reference",
     "geglu",
     "geglu_reference",
+    "gelu_mul",
+    "gelu_mul_reference",
     "implementation",
     "info_nce",
     "info_nce_reference",
@@ -99,6 +110,8 @@ __all__ = [
     "rope_reference",
     "rope_table",
     "rope_table_reference",
+    "silu_mul",
+    "silu_mul_reference",
     "swiglu",
     "swiglu_reference",
     "unpad",

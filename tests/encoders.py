@@ -100,6 +100,27 @@ ENCODERS = {
         lora=("Wqkv", "Wo", "Wi"),
         longest=None,
     ),
+    "nomic_bert": Encoder(
+        _config(tf.NomicBertConfig, max_position_embeddings=64),
+        tf,
+        "NomicBert",
+        lora=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"),
+        longest=None,
+    ),
+    "eurobert": Encoder(
+        _config(
+            tf.EuroBertConfig,
+            num_key_value_heads=1,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=1,
+            mask_token_id=1,
+        ),
+        tf,
+        "EuroBert",
+        lora=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"),
+        longest=None,
+    ),
     "neobert": Encoder(
         _config(neobert.NeoBERTConfig, max_length=64, intermediate_size=96, classifier_dropout=0.0),
         neobert,

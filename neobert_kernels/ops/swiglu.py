@@ -1,11 +1,13 @@
-"""Gated linear units on one packed projection: ``y = act(g) * b`` with ``x = [g, b]``.
+"""Gated linear units: ``y = act(g) * b`` of one packed projection ``[g, b]``, or of two.
 
-The first half of the last axis is activated: by ``silu(g) = g * sigmoid(g)`` in `swiglu`, by the
-erf form of GELU, ``g * Phi(g)``, in `geglu`. Arithmetic is float32; each result is rounded once.
+`swiglu` and `geglu` take both halves in one tensor, `silu_mul` and `gelu_mul` in two. The gate is
+activated by ``silu(g) = g * sigmoid(g)`` or by the erf form of GELU, ``g * Phi(g)``. Arithmetic is
+float32; each result is rounded once.
 
-The backward is ``dx = [dy * b * act'(g), dy * act(g)]`` with ``silu'(g) = p * (1 + g * (1 - p))``
-for ``p = sigmoid(g)``, and ``gelu'(g) = Phi(g) + g * phi(g)`` for the normal density ``phi``. The
-activation is recomputed, so the forward saves only its input.
+The backward is ``dg = dy * b * act'(g)``, ``db = dy * act(g)`` with ``silu'(g) = p * (1 + g * (1 -
+p))`` for ``p = sigmoid(g)``, and ``gelu'(g) = Phi(g) + g * phi(g)`` for the normal density ``phi``.
+The activation is recomputed, so the forward saves only its input. A packed input has one packed
+gradient, of which the kernels write both halves in place.
 
 Source: Shazeer 2020, arXiv:2002.05202, section 2.
 """
@@ -22,19 +24,29 @@ from neobert_kernels import _check, _runtime
 from neobert_kernels._triton import tl, triton
 
 
-def _gated(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    g, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return (activation(g) * b).to(x.dtype)
+def _gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    return (activation(gate.to(wide)) * up.to(wide)).to(gate.dtype)
 
 
 def swiglu_reference(x: Tensor) -> Tensor:
     """The contract of `swiglu` in plain PyTorch: the CPU path and, in float64, the oracle."""
-    return _gated(torch.nn.functional.silu, x)
+    return silu_mul_reference(*x.chunk(2, dim=-1))
 
 
 def geglu_reference(x: Tensor) -> Tensor:
     """The contract of `geglu` in plain PyTorch: the CPU path and, in float64, the oracle."""
-    return _gated(torch.nn.functional.gelu, x)
+    return gelu_mul_reference(*x.chunk(2, dim=-1))
+
+
+def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The contract of `silu_mul` in plain PyTorch: the CPU path and, in float64, the oracle."""
+    return _gated(torch.nn.functional.silu, gate, up)
+
+
+def gelu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The contract of `gelu_mul` in plain PyTorch: the CPU path and, in float64, the oracle."""
+    return _gated(torch.nn.functional.gelu, gate, up)
 
 
 @triton.jit
@@ -67,14 +79,15 @@ def _activate(g, GELU: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    x_ptr, y_ptr, rows, x_stride,
+    g_ptr, b_ptr, y_ptr, rows, g_stride, b_stride,
     F: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     row, column, inside = _tile(rows, F, COLUMNS, ROWS)
     # Read once: what stays in the cache is the result, which the next product reads.
-    g_ptr = x_ptr + row * x_stride + column
+    g_ptr += row * g_stride + column
+    b_ptr += row * b_stride + column
     g = tl.load(g_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    b = tl.load(g_ptr + F, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    b = tl.load(b_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     activated, _ = _activate(g, GELU)
     y = (activated * b).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row * F + column, y, mask=inside)
@@ -82,19 +95,21 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
-    dy_ptr, x_ptr, dx_ptr, rows, dy_stride, x_stride,
+    dy_ptr, g_ptr, b_ptr, dg_ptr, db_ptr, rows, dy_stride, g_stride, b_stride, d_stride,
     F: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     row, column, inside = _tile(rows, F, COLUMNS, ROWS)
-    g_ptr = x_ptr + row * x_stride + column
+    g_ptr += row * g_stride + column
+    b_ptr += row * b_stride + column
     dy_ptr += row * dy_stride + column
     g = tl.load(g_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    b = tl.load(g_ptr + F, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    b = tl.load(b_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     dy = tl.load(dy_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     activated, slope = _activate(g, GELU)
-    dx_ptr += row * (2 * F) + column
-    tl.store(dx_ptr, (dy * b * slope).to(dx_ptr.dtype.element_ty), mask=inside)
-    tl.store(dx_ptr + F, (dy * activated).to(dx_ptr.dtype.element_ty), mask=inside)
+    dg = (dy * b * slope).to(dg_ptr.dtype.element_ty)
+    tl.store(dg_ptr + row * d_stride + column, dg, mask=inside)
+    db = (dy * activated).to(db_ptr.dtype.element_ty)
+    tl.store(db_ptr + row * d_stride + column, db, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -124,16 +139,11 @@ def choice(F: int, itemsize: int) -> Choice:
 
 
 def _launch(
-    kernel: Any,
-    x: Tensor,
-    gelu: bool,
-    F: int,
-    tensors: tuple[Tensor, ...],
-    strides: tuple[int, ...],
+    kernel: Any, gelu: bool, F: int, tensors: tuple[Tensor, ...], strides: tuple[int, ...]
 ) -> None:
-    """Run ``kernel`` over the rows of ``x``; ``tensors`` and ``strides`` are its arguments."""
-    tile = choice(F, x.element_size())
-    rows = x.shape[0]
+    """Run ``kernel`` over the rows of its first tensor; both tuples are its arguments."""
+    tile = choice(F, tensors[0].element_size())
+    rows = tensors[0].shape[0]
     if rows:
         kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(F, tile.columns),)](
             *tensors, rows, *strides, **tile.constexprs(F, gelu), num_warps=tile.warps,
@@ -141,18 +151,52 @@ def _launch(
         )  # fmt: skip
 
 
-def _launch_forward(x: Tensor, gelu: bool) -> Tensor:
-    y = _fake_forward(x, gelu)
-    x = _runtime.as_rows(x)
-    _launch(_forward_kernel, x, gelu, y.shape[-1], (x, y), (x.stride(0),))
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    F = x.shape[-1] // 2
+    return x.narrow(-1, 0, F), x.narrow(-1, F, F)
+
+
+def _run_forward(g: Tensor, b: Tensor, y: Tensor, gelu: bool) -> Tensor:
+    """Fill ``y`` from rows ``g`` and ``b``."""
+    _launch(_forward_kernel, gelu, y.shape[-1], (g, b, y), (g.stride(0), b.stride(0)))
     return y
+
+
+def _run_backward(
+    dy: Tensor, g: Tensor, b: Tensor, dg: Tensor, db: Tensor, d_stride: int, gelu: bool
+) -> None:
+    """Fill ``dg`` and ``db``, both with rows ``d_stride`` apart."""
+    dy = _runtime.as_rows(dy)
+    strides = (dy.stride(0), g.stride(0), b.stride(0), d_stride)
+    _launch(_backward_kernel, gelu, dy.shape[-1], (dy, g, b, dg, db), strides)
+
+
+def _launch_forward(x: Tensor, gelu: bool) -> Tensor:
+    return _run_forward(*_halves(_runtime.as_rows(x)), _fake_forward(x, gelu), gelu)
 
 
 def _launch_backward(dy: Tensor, x: Tensor, gelu: bool) -> Tensor:
     dx = _fake_backward(dy, x, gelu)
-    dy, x = _runtime.as_rows(dy), _runtime.as_rows(x)
-    _launch(_backward_kernel, x, gelu, dy.shape[-1], (dy, x, dx), (dy.stride(0), x.stride(0)))
+    _run_backward(dy, *_halves(_runtime.as_rows(x)), *_halves(dx), dx.shape[-1], gelu)
     return dx
+
+
+def _launch_pair_forward(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    y = _fake_pair_forward(gate, up, gelu)
+    return _run_forward(_runtime.as_rows(gate), _runtime.as_rows(up), y, gelu)
+
+
+def _launch_pair_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, gelu: bool
+) -> tuple[Tensor, Tensor]:
+    grads = _fake_pair_backward(dy, gate, up, gelu)
+    g, b = _runtime.as_rows(gate), _runtime.as_rows(up)
+    _run_backward(dy, g, b, *grads, gate.shape[-1], gelu)
+    return grads
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake_forward(x: Tensor, gelu: bool) -> Tensor:
@@ -160,7 +204,15 @@ def _fake_forward(x: Tensor, gelu: bool) -> Tensor:
 
 
 def _fake_backward(dy: Tensor, x: Tensor, gelu: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _contiguous_like(x)
+
+
+def _fake_pair_forward(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    return _contiguous_like(gate)
+
+
+def _fake_pair_backward(dy: Tensor, gate: Tensor, up: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    return _contiguous_like(gate), _contiguous_like(up)
 
 
 _forward = _runtime.register(
@@ -170,6 +222,16 @@ _backward = _runtime.register(
     "gated_unit_backward(Tensor dy, Tensor x, bool gelu) -> Tensor",
     _launch_backward,
     _fake_backward,
+)
+_pair_forward = _runtime.register(
+    "gated_pair(Tensor gate, Tensor up, bool gelu) -> Tensor",
+    _launch_pair_forward,
+    _fake_pair_forward,
+)
+_pair_backward = _runtime.register(
+    "gated_pair_backward(Tensor dy, Tensor gate, Tensor up, bool gelu) -> (Tensor, Tensor)",
+    _launch_pair_backward,
+    _fake_pair_backward,
 )
 
 
@@ -186,11 +248,32 @@ class _GatedUnit(torch.autograd.Function):
         return _backward(dy, *ctx.saved_tensors, ctx.gelu), None
 
 
+class _GatedPair(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.gelu = gelu
+        return _pair_forward(gate, up, gelu)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_pair_backward(dy, *ctx.saved_tensors, ctx.gelu), None
+
+
 def _check_arguments(x: Tensor) -> None:
     _check.tensor("x", x, least_ndim=1)
     _check.dtype("x", x)
     if x.shape[-1] == 0 or x.shape[-1] % 2:
         raise _check.error("x", "an even number of channels (gate, then value)", x.shape[-1])
+
+
+def _check_pair(gate: Tensor, up: Tensor) -> None:
+    _check.tensor("gate", gate, least_ndim=1)
+    _check.dtype("gate", gate)
+    if gate.shape[-1] == 0:
+        raise _check.error("gate", "at least one channel", 0)
+    _check.like("up", up, "gate", gate)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -231,6 +314,37 @@ def geglu(x: Tensor) -> Tensor:
     return _GatedUnit.apply(x, True)
 
 
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``: `swiglu` of two projections.
+
+    Args:
+        gate: ``[..., F]``; float32, float16 or bfloat16; any strides. No copy is made of one whose
+            channels are neighbours and whose rows are evenly spaced, such as half of a projection.
+        up: As ``gate``, in its shape and dtype, with strides of its own.
+
+    Returns:
+        ``[..., F]`` in ``gate.dtype``, contiguous on a GPU; differentiable once.
+
+    Raises:
+        ValueError: A shape, dtype or device breaks the rules above.
+    """
+    _check_pair(gate, up)
+    if not _runtime.use_kernel(gate):
+        return silu_mul_reference(gate, up)
+    return _GatedPair.apply(gate, up, False)
+
+
+def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``gelu(gate) * up`` with the erf form of GELU: `geglu` of two projections.
+
+    Args, returns, raises: as `silu_mul`.
+    """
+    _check_pair(gate, up)
+    if not _runtime.use_kernel(gate):
+        return gelu_mul_reference(gate, up)
+    return _GatedPair.apply(gate, up, True)
+
+
 WIDTHS = (1152, 2048, 3072)
 
 
@@ -252,5 +366,7 @@ def _launches(name: str, gelu: bool) -> Iterator[_runtime.Launch]:
 
 
 KERNELS = (_forward_kernel, _backward_kernel)
-_runtime.operator(swiglu, swiglu_reference, KERNELS, lambda sm: _launches("swiglu", gelu=False))
-_runtime.operator(geglu, geglu_reference, KERNELS, lambda sm: _launches("geglu", gelu=True))
+_runtime.operator(swiglu, swiglu_reference, KERNELS, lambda sm: _launches("swiglu", False))
+_runtime.operator(geglu, geglu_reference, KERNELS, lambda sm: _launches("geglu", True))
+_runtime.operator(silu_mul, silu_mul_reference, KERNELS, lambda sm: _launches("silu_mul", False))
+_runtime.operator(gelu_mul, gelu_mul_reference, KERNELS, lambda sm: _launches("gelu_mul", True))

@@ -26,6 +26,8 @@ ADAPTERS = {
     f"{_MODELS}.modernbert.modeling_modernbert.ModernBertModel": "modernbert",
     f"{_MODELS}.roberta.modeling_roberta.RobertaModel": "roberta",
     f"{_MODELS}.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel": "xlm_roberta",
+    f"{_MODELS}.nomic_bert.modeling_nomic_bert.NomicBertModel": "nomic_bert",
+    f"{_MODELS}.eurobert.modeling_eurobert.EuroBertModel": "eurobert",
     "neobert.model.NeoBERTModel": "neobert",
 }
 

@@ -1,4 +1,4 @@
-"""swiglu and geglu: the first half is the gate."""
+"""swiglu, geglu: the first half is the gate; silu_mul, gelu_mul: the same of two tensors."""
 
 import math
 from collections.abc import Callable
@@ -30,11 +30,25 @@ def gelu(g):
     return g * 0.5 * (1 + math.erf(g / math.sqrt(2)))
 
 
-OPS = {
+def halved(fn):
+    """A function of two tensors as one of their concatenation: it gets strided views."""
+    return lambda x: fn(*x.chunk(2, dim=-1))
+
+
+PACKED = {
     "swiglu": (nk.swiglu, nk.swiglu_reference, silu),
     "geglu": (nk.geglu, nk.geglu_reference, gelu),
 }
+PAIRS = {
+    "silu_mul": (nk.silu_mul, nk.silu_mul_reference, nk.swiglu),
+    "gelu_mul": (nk.gelu_mul, nk.gelu_mul_reference, nk.geglu),
+}
+OPS = PACKED | {
+    "silu_mul": (halved(nk.silu_mul), halved(nk.silu_mul_reference), silu),
+    "gelu_mul": (halved(nk.gelu_mul), halved(nk.gelu_mul_reference), gelu),
+}
 ops = pytest.mark.parametrize(("op", "reference", "activation"), OPS.values(), ids=OPS)
+pairs = pytest.mark.parametrize(("op", "reference", "packed"), PAIRS.values(), ids=PAIRS)
 
 
 @ops
@@ -192,19 +206,90 @@ def test_registration(gelu):
     torch.library.opcheck(module._backward, (x[:, ::2], x.t().contiguous().t(), gelu))
 
 
+@pairs
+def test_two_tensors_give_the_bits_of_the_packed_one(op, reference, packed):
+    x = torch.randn(33, 130, device=DEVICE).bfloat16().requires_grad_()
+    dy = torch.randn(33, 65, device=DEVICE).bfloat16()
+    parts = [half.detach().clone().requires_grad_() for half in x.chunk(2, dim=-1)]
+    y, expected = op(*parts), packed(x)
+    assert torch.equal(y, expected)
+    grads = torch.autograd.grad(y, parts, dy)
+    assert torch.equal(torch.cat(grads, -1), torch.autograd.grad(expected, x, dy)[0])
+
+
+def wide_rows(x: Tensor) -> Tensor:
+    return torch.cat([x, x], dim=-1)[..., : x.shape[-1]]
+
+
+MIXED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "gate in wider rows": (wide_rows, lambda x: x),
+    "up in wider rows": (lambda x: x, wide_rows),
+    "up repeated": (lambda x: x, lambda x: x[:1].expand_as(x)),
+    "gate transposed": (lambda x: x.t().contiguous().t(), lambda x: x),
+}
+
+
+@pairs
+@pytest.mark.parametrize("layout", MIXED)
+def test_each_tensor_has_strides_of_its_own(op, reference, packed, layout):
+    first, second = MIXED[layout]
+    inputs = list(torch.randn(2, 9, 100, device=DEVICE).half())
+
+    def mixed(fn: Callable) -> Callable:
+        return lambda gate, up: fn(first(gate), second(up))
+
+    assert_parity(mixed(op), mixed(reference), inputs)
+
+
+@pairs
+def test_one_of_two_tensors_may_need_no_gradient(op, reference, packed):
+    both = [half.requires_grad_() for half in torch.randn(2, 5, 96, device=DEVICE)]
+    expected = torch.autograd.grad(op(*both).sum(), both)
+    for i in (0, 1):
+        parts = [half.detach().requires_grad_(i == j) for j, half in enumerate(both)]
+        op(*parts).sum().backward()
+        assert torch.equal(parts[i].grad, expected[i])
+        assert parts[1 - i].grad is None
+
+
+@runs_kernel
+@pytest.mark.parametrize("gelu", [False, True])
+def test_registration_of_two_tensors(gelu):
+    gate, up = torch.randn(2, 5, 96, device=DEVICE).bfloat16()
+    torch.library.opcheck(module._pair_forward, (gate, up.t().contiguous().t(), gelu))
+    torch.library.opcheck(module._pair_backward, (wide_rows(up), wide_rows(gate), up, gelu))
+
+
+@runs_kernel
+def test_rows_of_a_projection_are_not_copied(monkeypatch):
+    seen = []
+    launch = module._launch
+    monkeypatch.setattr(module, "_launch", lambda *a: (seen.extend(a[3]), launch(*a)))
+    x = torch.randn(4, 2, 3 * 64, device=DEVICE, requires_grad=True)
+    gate, up, _ = x.chunk(3, dim=-1)
+    y = nk.silu_mul(gate, up)
+    y.backward(dy := torch.randn_like(y))
+    forward, backward = seen[:3], seen[3:]
+    assert [t.data_ptr() for t in forward] == [t.data_ptr() for t in (gate, up, y)]
+    assert [t.data_ptr() for t in backward[:3]] == [t.data_ptr() for t in (dy, gate, up)]
+
+
 @runs_kernel
 @pytest.mark.parametrize("gelu", [False, True])
 def test_nothing_is_written_behind_the_results(gelu):
     """The columns that a block has too many would end in the next row, and behind the last one."""
     rows, F = 3, 100
-    x, dy = torch.randn(rows, 2 * F, device=DEVICE), torch.randn(rows, F, device=DEVICE)
-    y, dx = (torch.full((rows * width + 512,), 7.0, device=DEVICE) for width in (F, 2 * F))
-    module._launch(module._forward_kernel, x, gelu, F, (x, y), (2 * F,))
-    module._launch(module._backward_kernel, x, gelu, F, (dy, x, dx), (F, 2 * F))
-    assert (y[rows * F :] == 7).all()
-    assert (dx[rows * 2 * F :] == 7).all()
-    assert torch.equal(y[: rows * F].view(rows, F), module._forward(x, gelu))
-    assert torch.equal(dx[: rows * 2 * F].view(rows, 2 * F), module._backward(dy, x, gelu))
+    gate, up, dy = torch.randn(3, rows, F, device=DEVICE)
+    y, dgate, dup = torch.full((3, rows * F + 512), 7.0, device=DEVICE)
+    module._launch(module._forward_kernel, gelu, F, (gate, up, y), (F, F))
+    tensors = (dy, gate, up, dgate, dup)
+    module._launch(module._backward_kernel, gelu, F, tensors, (F, F, F, F))
+    for written, expected in [
+        (y, module._pair_forward(gate, up, gelu)),
+        *zip((dgate, dup), module._pair_backward(dy, gate, up, gelu), strict=True),
+    ]:
+        assert (written[rows * F :] == 7).all()
+        assert torch.equal(written[: rows * F].view(rows, F), expected)
 
 
 @pytest.mark.parametrize("F", [1, 127, 1152, 2048, 2624, 3072, 16384])
@@ -248,7 +333,7 @@ def test_compiles_to_one_graph(op, reference, activation, device):
     torch.testing.assert_close(torch.compile(op, fullgraph=True, backend="aot_eager")(x), op(x))
 
 
-@ops
+@pytest.mark.parametrize(("op", "reference", "activation"), PACKED.values(), ids=PACKED)
 @pytest.mark.parametrize(
     ("x", "message"),
     [
@@ -262,3 +347,30 @@ def test_compiles_to_one_graph(op, reference, activation, device):
 def test_rejects(op, reference, activation, x, message):
     with pytest.raises(ValueError, match=message):
         op(x)
+
+
+@pairs
+@pytest.mark.parametrize(
+    ("gate", "up", "message"),
+    [
+        (torch.ones(2, 0), torch.ones(2, 0), "gate: expected at least one channel, got 0"),
+        (torch.tensor(1.0), torch.ones(2), r"gate: expected at least 1 dimension\(s\), got shape"),
+        (torch.ones(2).double(), torch.ones(2), "gate: expected dtype float32 or float16 or bfl"),
+        ([1.0], torch.ones(1), "gate: expected a torch.Tensor, got list"),
+        (torch.ones(2), None, "up: expected a torch.Tensor, got NoneType"),
+        (
+            torch.ones(3, 2),
+            torch.ones(2),
+            r"up: expected the shape of gate \(\(3, 2\)\), got \(2,\)",
+        ),
+        (
+            torch.ones(2),
+            torch.ones(2).half(),
+            r"up: expected the dtype of gate \(float32\), got fl",
+        ),
+        (torch.ones(2), torch.ones(2, device="meta"), r"up: expected the device of gate \(cpu\)"),
+    ],
+)
+def test_rejects_pairs(op, reference, packed, gate, up, message):
+    with pytest.raises(ValueError, match=message):
+        op(gate, up)
