@@ -70,7 +70,7 @@ class Encoder:
 
     Attributes:
         name: The model as the caller named it.
-        family: Its ``model_type``.
+        family: Its ``model_type``, with underscores.
         dim: Width of an embedding.
         pooling: "mean" or "cls".
         normalize: Whether embeddings have length 1.
@@ -135,9 +135,9 @@ class Encoder:
             settings.max_length,
             settings.prompt,
         )
-        network = load_model(folder, family, DTYPES[dtype]).to(where).eval()
+        network = load_model(folder, DTYPES[dtype]).to(where).eval()
         tokenizer = load_tokenizer(folder, network.config.vocab_size)
-        length = text_length(max_length, settings, tokenizer, network.config)
+        length = text_length(max_length, settings, tokenizer, network)
         report = nk.patch(network) if patched else None
         fingerprint: dict[str, str | int] = {
             "model": str(model),
