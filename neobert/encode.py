@@ -72,7 +72,7 @@ class Encoder:
 
     Attributes:
         name: The model as the caller named it.
-        family: Its ``model_type``.
+        family: Its ``model_type``, with underscores.
         model: For inference only: in float32 on a CPU its Linear layers are prepacked.
         dim: Width of an embedding.
         pooling: "mean" or "cls".
@@ -138,9 +138,9 @@ class Encoder:
             settings.max_length,
             settings.prompt,
         )
-        network = load_model(folder, family, DTYPES[dtype]).to(where).eval()
+        network = load_model(folder, DTYPES[dtype]).to(where).eval()
         tokenizer = load_tokenizer(folder, network.config.vocab_size)
-        length = text_length(max_length, settings, tokenizer, network.config)
+        length = text_length(max_length, settings, tokenizer, network)
         report = nk.patch(network) if patched else None
         max_tokens = max_tokens or MAX_TOKENS[where.type]
         if patched and where.type == "cpu" and dtype == "float32" and available():

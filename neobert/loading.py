@@ -4,6 +4,7 @@ Whatever is missing or damaged is one error that names it.
 """
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -64,6 +65,8 @@ def model_family(folder: Path, patched: bool) -> str:
         family = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"config.json: expected a JSON object, got {error}") from None
+    if isinstance(family, str):
+        family = family.replace("-", "_")  # "xlm-roberta", of the package xlm_roberta
     supported = patching.supported_families()
     if patched and family not in supported:
         raise ValueError(
@@ -89,14 +92,12 @@ def _quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(folder: Path, family: str, dtype: torch.dtype) -> Any:
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModel
 
     import neobert  # noqa: F401  (registers NeoBERT)
     from neobert import checkpoint
 
-    # The pooler is not used here, and checkpoints of sentence encoders often lack it.
-    options = {"add_pooling_layer": False} if family == "bert" else {}
     with _quiet_loading(), checkpoint.readable(folder):
         model, info = AutoModel.from_pretrained(
             folder,
@@ -105,7 +106,7 @@ def load_model(folder: Path, family: str, dtype: torch.dtype) -> Any:
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **options,
+            **_without_pooler(folder),
         )
     checkpoint.check_loaded(model, info, folder)
     return model
@@ -130,8 +131,23 @@ def load_tokenizer(folder: Path, vocabulary: int) -> Any:
     return tokenizer
 
 
-def text_length(asked: int | None, settings: SentenceSettings, tokenizer: Any, config: Any) -> int:
-    most = int(config.max_position_embeddings)
+def _without_pooler(folder: Path) -> dict[str, bool]:
+    """The pooler is not used here, and checkpoints of sentence encoders often lack it."""
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    cls: Any = MODEL_MAPPING.get(type(config), None)
+    option = "add_pooling_layer"
+    return {option: False} if cls and option in inspect.signature(cls).parameters else {}
+
+
+def text_length(asked: int | None, settings: SentenceSettings, tokenizer: Any, model: Any) -> int:
+    """Tokens kept of each text: as asked, else the least that the model's files say."""
+    most = int(model.config.max_position_embeddings)
+    embeddings = getattr(model, "embeddings", None)
+    padding = getattr(embeddings, "padding_idx", None)
+    if isinstance(padding, int) and hasattr(embeddings, "position_embeddings"):
+        most -= padding + 1  # RoBERTa's table begins with rows that no text uses
     if asked is not None and asked > most:
         raise ValueError(f"max_length: expected at most {most} (this model's), got {asked}")
     return asked or min(settings.max_length or most, int(tokenizer.model_max_length), most)

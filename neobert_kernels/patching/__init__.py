@@ -121,6 +121,7 @@ def patch(
         raise _check.error("model", "a torch.nn.Module", type(model).__name__)
     if next(_patched(model), None) is not None:
         raise _check.error("model", "an unpatched model (unpatch it first)", "a patched one")
+    _check_readers(model)
     families: dict[str, str] = {}
     replacements: list[Replacement] = []
     operators: set[str] = set()
@@ -243,6 +244,15 @@ def _left(model: nn.Module, replaced: set[str]) -> Iterator[Entry]:
             yield Entry(name, type(module).__name__, "outside the encoder, unchanged")
 
 
+def _check_readers(model: nn.Module) -> None:
+    """sentence-transformers' query expansion may read outputs at positions that the mask hides."""
+    for name, module in model.named_modules():
+        expansion = getattr(module, "query_expansion", None)
+        if isinstance(expansion, dict) and expansion.get("attend") is False:
+            rule = "None or attend=True (a patched model computes nothing where the mask is 0)"
+            raise _check.error(f"{name}.query_expansion", rule, "attend=False")
+
+
 def _check_parameters(name: str, base: nn.Module) -> None:
     for key, parameter in base.named_parameters():
         where = f"{name}.{key}" if name else key
@@ -255,7 +265,9 @@ def _check_parameters(name: str, base: nn.Module) -> None:
 
 
 def _check_plain_forward(each: Replacement) -> None:
-    if "forward" in each.module.__dict__:
+    own = each.module.__dict__.get("forward")
+    plain = getattr(own, "__func__", None) is type(each.module).forward  # from a pickle
+    if own is not None and not plain:
         raise _check.error(
             "model",
             "modules with the forward of their class",

@@ -81,6 +81,7 @@ def read_batch(
             positions = restarting_positions(cu_seqlens, length) + first
         else:
             positions = position_ids[0]
+            _refuse_other_count(positions, first, 1)
         return Batch(cu_seqlens, max_seqlen, positions, packing=None)
     _check_length(length, longest, "input_ids")
     if attention_mask is None:
@@ -121,10 +122,7 @@ def _boundaries(
         return None
     positions = position_ids[0]
     starts = (positions == first).nonzero().squeeze(1)
-    if first and len(zeros := (positions == 0).nonzero()) > 1:
-        rule = f"packed documents that start at position {first}, as this model counts"
-        got = f"{len(zeros)} that start at 0 (pass cu_seq_lens_q and max_length_q instead)"
-        raise _check.error("position_ids", rule, got)
+    _refuse_other_count(positions, first, 2)
     if len(starts) < 2:
         return None
     if len(starts) == len(positions):
@@ -138,6 +136,20 @@ def _boundaries(
         rule = f"{first}, {first + 1}, {first + 2}, ... from each restart"
         raise _check.error("position_ids", rule, "positions that skip or repeat")
     return bounds, int(bounds.diff().max())
+
+
+def _refuse_other_count(positions: Tensor, first: int, at_least: int) -> None:
+    """Raise for documents counted from 0, as collators do, where the model counts from ``first``.
+
+    Position 0 exists in such a model's table, so nothing else would notice.
+    """
+    if first == 0 or torch.compiler.is_compiling():
+        return
+    zeros = int((positions == 0).sum())
+    if zeros >= at_least:
+        rule = f"packed documents that start at position {first}, as this model counts"
+        got = f"{zeros} that start at 0 (pass cu_seq_lens_q and max_length_q, no position_ids)"
+        raise _check.error("position_ids", rule, got)
 
 
 def setting(kwargs: dict[str, Any], name: str, config: Any) -> bool:

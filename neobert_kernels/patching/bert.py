@@ -18,6 +18,7 @@ from neobert_kernels.patching.blocks import (
     at,
     expect,
     heads_of,
+    layer_norm,
     refuse_attention_dropout,
     run_post_norm,
 )
@@ -60,10 +61,8 @@ def embed(base: Any, batch: Batch, tokens: Tensor, extras: dict[str, Tensor]) ->
     if types is None:
         types = torch.zeros_like(batch.positions)
     x = x + embeddings.token_type_embeddings(types)
-    norm = embeddings.LayerNorm
     positions = embeddings.position_embeddings(batch.positions)
-    y, _ = nk.add_layer_norm(x, positions, norm.weight, norm.bias, norm.eps)
-    return embeddings.dropout(y)
+    return embeddings.dropout(layer_norm(embeddings.LayerNorm, positions, x)[0])
 
 
 @replacement
@@ -83,9 +82,7 @@ def layer_forward(
 
 
 def _residual_norm(block: Any, x: Tensor, residual: Tensor) -> Tensor:
-    norm = block.LayerNorm
-    x = block.dropout(block.dense(x))
-    return nk.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)[0]
+    return layer_norm(block.LayerNorm, residual, block.dropout(block.dense(x)))[0]
 
 
 def run(

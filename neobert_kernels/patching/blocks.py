@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import neobert_kernels as nk
@@ -42,18 +43,27 @@ def at(rows: Tensor | None, x: Tensor) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
+def promoted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their dtypes, as an addition takes them.
+
+    Under autocast a Linear gives half precision and the residual stream is float32.
+    """
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
+
+
 def layer_norm(norm: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
     """``(layer_norm(x + delta), x + delta)``."""
     if delta is None:
         return nk.layer_norm(x, norm.weight, norm.bias, norm.eps), x
-    return nk.add_layer_norm(delta, x, norm.weight, norm.bias, norm.eps)
+    return nk.add_layer_norm(*promoted(delta, x), norm.weight, norm.bias, norm.eps)
 
 
 def rms_norm(weight: Tensor, eps: float, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
     """``(rms_norm(x + delta), x + delta)``."""
     if delta is None:
         return nk.rms_norm(x, weight, eps), x
-    return nk.add_rms_norm(delta, x, weight, eps)
+    return nk.add_rms_norm(*promoted(delta, x), weight, eps)
 
 
 def run_post_norm(

@@ -90,8 +90,12 @@ class Family:
 
 
 def replacement(fn: Callable) -> Callable:
-    """Mark ``fn`` as ours, so that `unpatch` finds it on a module, also on a deep copy."""
+    """Mark ``fn`` as ours, so that `unpatch` finds it on a module, also on a deep copy.
+
+    Pickle stores a bound method as its name: under this one a stored module is a plain one.
+    """
     fn.__dict__["_neobert_kernels"] = True
+    fn.__name__ = "forward"
     return fn
 
 
