@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from neobert_kernels.ops.rope import rope, rope_reference, rope_table, rope_table_reference
     from neobert_kernels.ops.swiglu import geglu, geglu_reference, swiglu, swiglu_reference
     from neobert_kernels.patching import PatchReport, patch, patched, unpatch
+    from neobert_kernels.patching.interface import register_attention, unregister_attention
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ _WHERE = {
     "ops.rope": ("rope", "rope_table"),
     "ops.swiglu": ("geglu", "swiglu"),
     "patching": ("PatchReport", "patch", "patched", "unpatch"),
+    "patching.interface": ("register_attention", "unregister_attention"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 _MODULE_OF |= {
@@ -93,6 +95,7 @@ __all__ = [
     "patched",
     "qkv_attention",
     "qkv_attention_reference",
+    "register_attention",
     "rms_norm",
     "rms_norm_reference",
     "rope",
@@ -103,6 +106,7 @@ __all__ = [
     "swiglu_reference",
     "unpad",
     "unpatch",
+    "unregister_attention",
 ]
 
 

@@ -70,7 +70,7 @@ def read_batch(
     if position_ids is not None:
         _check.tensor("position_ids", position_ids, ndim=2)
         _check.shape("position_ids", position_ids, (1 if len(position_ids) == 1 else rows, length))
-    bounds = _boundaries(tokens, attention_mask, position_ids, kwargs, first)
+    bounds = boundaries(tokens, attention_mask, position_ids, kwargs, first)
     if bounds is not None:
         cu_seqlens, max_seqlen = bounds
         _check_length(max_seqlen, longest)
@@ -99,14 +99,14 @@ def _check_length(length: int, longest: int | None) -> None:
         raise _check.error("input_ids", f"at most {longest} tokens a document", length)
 
 
-def _boundaries(
+def boundaries(
     tokens: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     kwargs: dict[str, Any],
     first: int,
 ) -> tuple[Tensor, int] | None:
-    """``(cu_seqlens, max_seqlen)`` of an input that the caller packed, else None."""
+    """``(cu_seqlens, max_seqlen)`` of an input ``[1, T, ..]`` that the caller packed, else None."""
     found, names = None, ("", "")
     for lengths, longest in (("cu_seq_lens_q", "max_length_q"), ("cu_seqlens", "max_seqlen")):
         cu_seqlens, max_seqlen = kwargs.pop(lengths, None), kwargs.pop(longest, None)
@@ -121,10 +121,12 @@ def _boundaries(
         if attention_mask is not None:
             raise _check.error("attention_mask", "None when packed", tuple(attention_mask.shape))
         _check.documents(*found, tokens.shape[1], tokens.device, names)
-        if other is not None and other is not found[0] and other.shape != found[0].shape:
+        if other is not None and other is not found[0] and not _same(other, found[0]):
             rule = f"the documents of {names[0]} {tuple(found[0].shape)}"
-            raise _check.error("cu_seq_lens_k", rule, tuple(other.shape))
+            raise _check.error("cu_seq_lens_k", rule, f"others {tuple(other.shape)}")
         return found
+    if other is not None:
+        raise _check.error("cu_seq_lens_k", "None without cu_seq_lens_q", tuple(other.shape))
     if position_ids is None or attention_mask is not None or len(tokens) != 1:
         return None
     positions = position_ids[0]
@@ -143,6 +145,12 @@ def _boundaries(
         rule = f"{first}, {first + 1}, {first + 2}, ... from each restart"
         raise _check.error("position_ids", rule, "positions that skip or repeat")
     return bounds, int(bounds.diff().max())
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal as far as it can be seen without waiting for a GPU."""
+    readable = a.device.type == b.device.type == "cpu" and not torch.compiler.is_compiling()
+    return a.shape == b.shape and (not readable or torch.equal(a, b))
 
 
 def setting(kwargs: dict[str, Any], name: str, config: Any) -> bool:
