@@ -332,6 +332,10 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
             "cu_seq_lens_q: expected a last element equal to the number of tokens .5., got 2",
         ),
         (
+            {"input_ids": ONE, "cu_seq_lens_k": CU, "max_length_k": 3},
+            "cu_seq_lens_k: expected None without cu_seq_lens_q",
+        ),
+        (
             {"input_ids": ONE, "cu_seq_lens_q": CU.long(), "max_length_q": 3},
             "cu_seq_lens_q: expected dtype int32",
         ),
