@@ -276,7 +276,8 @@ def state():
     )
 
 
-def test_unregistering_restores_what_was_there():
+def test_unregistering_restores_what_was_there(monkeypatch):
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
     theirs = lambda *args, **kwargs: None  # noqa: E731
     AttentionInterface.register(NAME, theirs)
     try:

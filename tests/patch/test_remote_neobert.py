@@ -117,7 +117,7 @@ def test_hidden_states_are_the_published_ones(remote):
 
 
 def test_eps_is_that_of_each_norm(remote):
-    model = make(remote, "NeoBERT")
+    model = fresh(remote, "NeoBERT").eval()  # mean squares near 1, beside which eps shows
     for i, norm in enumerate(m for m in model.modules() if isinstance(m, nn.RMSNorm)):
         norm.eps = 0.1 * (i + 1)
     ids, _ = padded("neobert")
@@ -161,13 +161,16 @@ def test_losses(remote):
     torch.testing.assert_close(model(**inputs, labels=labels).loss, expected)
 
 
-def test_classifier_dropout_is_kept(remote):
+def test_classifier_dropout_is_kept_in_both_places(remote):
     model = make(remote, KINDS[2], classifier_dropout=0.5)
     ids, _ = padded("neobert")
     nk.patch(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
+    seen = []
+    model.dropout.register_forward_hook(lambda _, args, out: seen.append(args[0].shape))
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert seen == 4 * [(4, 48)]
 
 
 @kinds
