@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         swiglu_reference,
     )
     from neobert_kernels.patching import PatchReport, patch, patched, unpatch
+    from neobert_kernels.patching.interface import register_attention, unregister_attention
 
 __version__ = "0.1.0"
 
@@ -68,6 +69,7 @@ _WHERE = {
     "ops.rope": ("rope", "rope_table"),
     "ops.swiglu": ("geglu", "gelu_mul", "silu_mul", "swiglu"),
     "patching": ("PatchReport", "patch", "patched", "unpatch"),
+    "patching.interface": ("register_attention", "unregister_attention"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 _MODULE_OF |= {
@@ -104,6 +106,7 @@ __all__ = [
     "patched",
     "qkv_attention",
     "qkv_attention_reference",
+    "register_attention",
     "rms_norm",
     "rms_norm_reference",
     "rope",
@@ -116,6 +119,7 @@ __all__ = [
     "swiglu_reference",
     "unpad",
     "unpatch",
+    "unregister_attention",
 ]
 
 

@@ -30,6 +30,8 @@ ADAPTERS = {
     f"{_MODELS}.eurobert.modeling_eurobert.EuroBertModel": "eurobert",
     "neobert.model.NeoBERTModel": "neobert",
 }
+# The same for classes that transformers loaded from a model's repository, by their name alone.
+REMOTE_ADAPTERS = {"NeoBERT": "neobert_remote"}
 
 
 class Entry(NamedTuple):
@@ -199,11 +201,17 @@ def _patched(model: nn.Module) -> Iterator[nn.Module]:
 def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module, Family]]:
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
-            adapter = ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
+            adapter = _adapter(cls)
             # A subclass with a forward of its own computes something that we do not know.
             if adapter and type(module).forward is cls.forward:  # type: ignore[attr-defined]
                 yield name, module, importlib.import_module(f"{__name__}.{adapter}").FAMILY
                 break
+
+
+def _adapter(cls: type) -> str | None:
+    if cls.__module__.startswith("transformers_modules."):
+        return REMOTE_ADAPTERS.get(cls.__qualname__)
+    return ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
 def _in_base(name: str, base: nn.Module, family: Family) -> Iterator[Replacement]:
@@ -223,6 +231,8 @@ def _heads_over(model: nn.Module, base: nn.Module, family: Family) -> Iterator[R
             maker = family.heads.get(cls.__name__)
             same_package = cls.__module__.split(".")[:-1] == type(base).__module__.split(".")[:-1]
             if maker and same_package and type(module).forward is cls.forward:  # type: ignore[attr-defined]
+                if family.check_head is not None:
+                    family.check_head(module)
                 yield Replacement(name, module, maker(cls), "reads packed output")
                 break
 

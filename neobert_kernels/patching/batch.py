@@ -73,7 +73,7 @@ def read_batch(
         _check.shape("position_ids", position_ids, (1 if len(position_ids) == 1 else rows, length))
     if attention_mask is not None:
         _check.tensor("attention_mask", attention_mask, ndim=2)
-    bounds = _boundaries(tokens, attention_mask, position_ids, kwargs, first)
+    bounds = boundaries(tokens, attention_mask, position_ids, kwargs, first)
     if bounds is not None:
         cu_seqlens, max_seqlen = bounds
         _check_length(max_seqlen, longest, "max_length_q" if position_ids is None else "input_ids")
@@ -102,14 +102,14 @@ def _check_length(length: int, longest: int | None, name: str) -> None:
         raise _check.error(name, f"at most {longest} tokens a document", length)
 
 
-def _boundaries(
+def boundaries(
     tokens: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     kwargs: dict[str, Any],
     first: int,
 ) -> tuple[Tensor, int] | None:
-    """``(cu_seqlens, max_seqlen)`` of an input that the caller packed, else None."""
+    """``(cu_seqlens, max_seqlen)`` of an input ``[1, T, ..]`` that the caller packed, else None."""
     found, names = _given_boundaries(kwargs)
     if found is not None:
         if len(tokens) != 1:

@@ -70,6 +70,8 @@ class Family:
         positions: ``(base, input_ids, batch)`` to positions ``[T]`` where the caller gives none;
             None: counted from ``first_position``.
         heads: Class name of a head model to the maker of its forward.
+        check_head: Raises ValueError unless a head model's parts are understood; None where the
+            class says enough.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Family:
     first_position: Callable[[Any], int] | None = None
     positions: Callable[[Any, Tensor, Batch], Tensor] | None = None
     heads: Mapping[str, Callable[[type], Callable]] = field(default_factory=dict)
+    check_head: Callable[[Any], None] | None = None
 
 
 def replacement(fn: Callable) -> Callable:

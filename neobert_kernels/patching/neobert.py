@@ -49,9 +49,23 @@ def layer_forward(
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One block on packed tokens: ``x`` and ``delta``, both ``[T, C]``, to the next pair."""
+    return block(self, self.heads, x, delta, cos, sin, cu_seqlens, max_seqlen, rows)
+
+
+def block(
+    self: Any,
+    heads: int,
+    x: Tensor,
+    delta: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    rows: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     norm = self.attention_norm
     u, x = rms_norm(norm.weight, norm.eps, x, delta)
-    qkv = self.qkv(u).unflatten(-1, (self.heads, 3, self.head_size))
+    qkv = self.qkv(u).unflatten(-1, (heads, 3, -1))
     context = nk.qkv_attention(qkv, cu_seqlens, max_seqlen, cos=cos, sin=sin, interleaved=True)
     norm = self.ffn_norm
     u, x = rms_norm(norm.weight, norm.eps, at(rows, x), self.wo(at(rows, context.flatten(1))))

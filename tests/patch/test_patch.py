@@ -333,6 +333,10 @@ PACKED = {"cu_seq_lens_q": CU, "max_length_q": 3}
             "cu_seq_lens_q: expected a last element equal to the number of tokens .5., got 2",
         ),
         (
+            {"input_ids": ONE, "cu_seq_lens_k": CU, "max_length_k": 3},
+            "cu_seq_lens_k: expected None without cu_seq_lens_q",
+        ),
+        (
             {"input_ids": ONE, "cu_seq_lens_q": CU.long(), "max_length_q": 3},
             "cu_seq_lens_q: expected dtype int32",
         ),
@@ -345,10 +349,6 @@ PACKED = {"cu_seq_lens_q": CU, "max_length_q": 3}
             "cu_seq_lens_q: expected a value beside",
         ),
         ({"input_ids": ONE, "max_seqlen": 3}, "cu_seqlens: expected a value beside max_seqlen"),
-        (
-            {"input_ids": ONE, "cu_seq_lens_k": CU, "max_length_k": 3},
-            "cu_seq_lens_k: expected None without cu_seq_lens_q",
-        ),
         (
             {"input_ids": ONE, **PACKED, "cu_seqlens": CU, "max_seqlen": 3},
             "cu_seqlens: expected None beside cu_seq_lens_q",
