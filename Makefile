@@ -64,10 +64,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 test-cpu: $(VENV)/.dev
-	$(call pytest,$(VENV)) -m 'not aot' --check-support-table docs/support.md
+	$(call pytest,$(VENV)) -m 'not aot' --check-support-table=docs/support.md
 
 support: $(VENV)/.dev
-	$(call pytest,$(VENV)) tests/patch --support-table docs/support.md
+	$(call pytest,$(VENV)) tests/patch --support-table=docs/support.md
 
 interpret: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(call pytest,$(VENV)) tests/kernels tests/patch

@@ -63,12 +63,14 @@ def test_adapters_learn_the_same(family, kind, patch_first):
 def test_an_adapter_on_the_decoder_is_applied(family, patch_first):
     model = randomized(ENCODERS[family].head("mlm"))
     twin = copy.deepcopy(model)
+    head = model.get_output_embeddings()
+    (decoder,) = (name.split(".")[-1] for name, part in model.named_modules() if part is head)
     adapted = []
     for each, patched in ((model, True), (twin, False)):
         torch.manual_seed(2)
         if patched and patch_first:
             nk.patch(each)
-        each = adapt(each, ["decoder"], ensure_weight_tying=False).train()
+        each = adapt(each, [decoder], ensure_weight_tying=False).train()
         if patched and not patch_first:
             nk.patch(each)
         adapted.append(each)
@@ -77,7 +79,7 @@ def test_an_adapter_on_the_decoder_is_applied(family, patch_first):
     with adapted[0].disable_adapter():
         assert not torch.allclose(output(adapted[0], family, "mlm"), losses[0], rtol=1e-5)
     losses[0].backward()
-    (grad,) = (p.grad for n, p in adapted[0].named_parameters() if "decoder.lora_B" in n)
+    (grad,) = (p.grad for n, p in adapted[0].named_parameters() if f"{decoder}.lora_B" in n)
     assert grad.any()
 
 
