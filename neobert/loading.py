@@ -20,18 +20,12 @@ from neobert_kernels import patching
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json"]
+_TOKENIZER_FILES = ["*.json", "*.txt", "*.model"]
 
 
 def model_folder(model: str | os.PathLike[str], revision: str | None) -> Path:
     """The local folder of a model, downloading a hub id's files (and no pickle) if needed."""
-    path = Path(model)
-    if not path.is_dir():
-        if path.exists() or path.is_absolute() or str(model).startswith((".", "~")):
-            got = "a file" if path.exists() else "nothing"
-            raise OSError(f"model: expected a folder or a hub id, got {got} at {path}")
-        path = _download(str(model), revision)
-    elif revision is not None:
-        raise ValueError(f"revision: expected none for a local folder, got {revision!r}")
+    path = _folder(model, revision, _HUB_FILES, "model")
     if not (path / "config.json").is_file():
         raise OSError(f"model: expected a folder with config.json, got {model}")
     if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
@@ -40,24 +34,43 @@ def model_folder(model: str | os.PathLike[str], revision: str | None) -> Path:
     return path
 
 
-def _download(name: str, revision: str | None) -> Path:
+def tokenizer_folder(name: str, revision: str | None = None) -> Path:
+    """The local folder of a tokenizer, downloading a hub id's files (and no weights) if needed."""
+    return _folder(name, revision, _TOKENIZER_FILES, "tokenizer")
+
+
+def _folder(
+    name: str | os.PathLike[str], revision: str | None, wanted: list[str], argument: str
+) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision: expected none for a local folder, got {revision!r}")
+        return path
+    if path.exists() or path.is_absolute() or str(name).startswith((".", "~")):
+        got = "a file" if path.exists() else "nothing"
+        raise OSError(f"{argument}: expected a folder or a hub id, got {got} at {path}")
+    return _download(str(name), revision, wanted, argument)
+
+
+def _download(name: str, revision: str | None, wanted: list[str], argument: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except HFValidationError:
         reason = "not the form of a hub id"
     except LocalEntryNotFoundError:
         reason = (
-            "the hub cannot be reached and the model is not in the local cache; "
-            "neobert encode --help names an installed one"
+            "the hub cannot be reached and its files are not in the local cache; "
+            "neobert encode --help names an installed model"
         )
     except HfHubHTTPError as error:
         reason = str(error).splitlines()[0]
     except OSError as error:
         reason = str(error).splitlines()[0]
-    raise OSError(f"model: expected a folder or a hub id, got {name!r} ({reason})")
+    raise OSError(f"{argument}: expected a folder or a hub id, got {name!r} ({reason})")
 
 
 def model_family(folder: Path, patched: bool) -> str:
@@ -112,20 +125,22 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def load_tokenizer(folder: Path, vocabulary: int) -> Any:
+def load_tokenizer(folder: Path, vocabulary: int | None, argument: str = "model") -> Any:
+    """The fast tokenizer in a folder; ``argument`` is what errors call the caller's choice."""
     from transformers import AutoTokenizer
 
     # Without any of them transformers builds a tokenizer that knows no word.
     if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise OSError(f"model: expected one of {', '.join(_VOCABULARIES)} in {folder}, got none")
+        names = ", ".join(_VOCABULARIES)
+        raise OSError(f"{argument}: expected one of {names} in {folder}, got none")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise OSError(f"model: expected tokenizer files in {folder}, got {reason}") from None
+        raise OSError(f"{argument}: expected tokenizer files in {folder}, got {reason}") from None
     if not tokenizer.is_fast:
-        raise ValueError(f"model: expected a fast tokenizer, got {type(tokenizer).__name__}")
-    if len(tokenizer) > vocabulary:
+        raise ValueError(f"{argument}: expected a fast tokenizer, got {type(tokenizer).__name__}")
+    if vocabulary is not None and len(tokenizer) > vocabulary:
         rule = f"a tokenizer of at most {vocabulary} tokens (the model's vocab_size)"
         raise ValueError(f"model: expected {rule}, got {len(tokenizer)}")
     return tokenizer

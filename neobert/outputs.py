@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from neobert import files
+from neobert.files import sync_folder, write_all, write_atomically
 from neobert.readers import InputError, escaped, one_line
 
 FORMATS = (".npy", ".parquet")
@@ -144,7 +146,7 @@ class Partial:
         folder = partial_folder(output)
         with _writing(output, folder, 0):
             folder.mkdir(exist_ok=True)
-            lock = _lock(folder)
+            lock = files.lock(folder)
         try:
             if restart:
                 _clear(folder)
@@ -162,11 +164,7 @@ class Partial:
         """
         if not self.state.rows:
             return
-        changed = [
-            f"{key} was {self.state.job.get(key)!r}, now {value!r}"
-            for key, value in job.items()
-            if self.state.job.get(key) != value
-        ]
+        changed = files.differences(self.state.job, job)
         if changed:
             raise InputError(
                 f"resume: expected the command that began {self.folder}, got {'; '.join(changed)} "
@@ -201,13 +199,13 @@ class Partial:
         state = self.state
         with _writing(self.output, self.folder, state.rows):
             rows = np.ascontiguousarray(embeddings, dtype="<f4")
-            _write_all(self._data, memoryview(rows.tobytes()))
+            write_all(self._data, memoryview(rows.tobytes()))
             os.fsync(self._data.fileno())
             id_bytes = state.id_bytes
             if self._ids is not None:
                 assert len(ids) == len(rows)
                 data = "".join(json.dumps(i) + "\n" for i in ids).encode()
-                _write_all(self._ids, memoryview(data))
+                write_all(self._ids, memoryview(data))
                 os.fsync(self._ids.fileno())
                 id_bytes += len(data)
             self._save_state(
@@ -243,7 +241,7 @@ class Partial:
         ):
             if staged.exists():
                 os.replace(staged, name)
-        _sync_folder(self.output.parent)
+        sync_folder(self.output.parent)
         self.discard()
 
     def discard(self) -> None:
@@ -281,7 +279,7 @@ class Partial:
     def _finish_npy(self, description: Mapping[str, Any]) -> None:
         assert self._data is not None
         self._data.seek(0)
-        _write_all(self._data, memoryview(_npy_header(self.state.rows, self._dim)))
+        write_all(self._data, memoryview(_npy_header(self.state.rows, self._dim)))
         os.fsync(self._data.fileno())
         write_atomically(self.folder / "description.json", json.dumps(description, indent=1) + "\n")
 
@@ -319,17 +317,6 @@ class Partial:
                 block = np.fromfile(data, "<f4", count * self._dim).reshape(count, self._dim)
                 ids = [json.loads(lines.readline()) for _ in range(count)] if lines else []
                 yield start, block, ids
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file that a kill leaves either old or new, never half."""
-    staged = path.with_name(f"{path.name}.new")
-    with open(staged, "wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
-    _sync_folder(path.parent)
 
 
 def read_description(output: Path) -> dict[str, Any]:
@@ -415,21 +402,6 @@ _STATE_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _lock(folder: Path) -> BinaryIO:
-    """Hold the folder until the process ends, however it ends."""
-    file = open(folder / "lock", "wb")  # noqa: SIM115
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"output: expected one job in {folder}, got a second one") from None
-    except (ImportError, OSError):
-        pass  # Windows, or a file system without locks: the user takes care
-    return file
-
-
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name != "lock":
@@ -450,28 +422,11 @@ def _open_at(path: Path, size: int, begun: bool = True) -> BinaryIO:
     return file
 
 
-def _write_all(file: BinaryIO, data: memoryview) -> None:
-    """Unbuffered files may take only a part at a time, and do so on a full disk."""
-    while data:
-        data = data[file.write(data) :]
-
-
 def _npy_header(rows: int, dim: int) -> bytes:
     """Version 1.0 header, padded with spaces to the reserved size: numpy.lib.format."""
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
     prefix = b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little")
     return prefix + text.encode().ljust(_HEADER_BYTES - 11) + b"\n"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames durable; Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

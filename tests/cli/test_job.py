@@ -130,7 +130,7 @@ def completes(run: Callable[[], Any], calls: int, monkeypatch: pytest.MonkeyPatc
         for owner, name in (
             (os, "fsync"),
             (os, "replace"),
-            (outputs, "_write_all"),
+            (outputs, "write_all"),
             (shutil, "rmtree"),
         ):
             patch.setattr(owner, name, counted(getattr(owner, name)))
@@ -182,7 +182,7 @@ def test_everything_is_on_the_disk_before_a_name_points_to_it(
     """A power cut loses what was not synced; a kill does not, so only the order can be seen."""
     synced: set[int] = set()
     replaced: list[str] = []
-    real_fsync, real_replace, real_write = os.fsync, os.replace, outputs._write_all
+    real_fsync, real_replace, real_write = os.fsync, os.replace, outputs.write_all
 
     def write(file: Any, data: memoryview) -> None:
         synced.discard(os.fstat(file.fileno()).st_ino)
@@ -199,7 +199,7 @@ def test_everything_is_on_the_disk_before_a_name_points_to_it(
         replaced.append(Path(name).name)
         real_replace(staged, name)
 
-    monkeypatch.setattr(outputs, "_write_all", write)
+    monkeypatch.setattr(outputs, "write_all", write)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     run_job(open_source(str(source)), output)
@@ -316,7 +316,7 @@ def test_a_disk_that_takes_no_more_keeps_what_is_done(
 def test_no_space_left_is_one_line(
     source: Path, output: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = outputs._write_all, itertools.count()
+    real, calls = outputs.write_all, itertools.count()
 
     def full(file: Any, data: memoryview) -> None:
         if next(calls) == 2:
@@ -325,7 +325,7 @@ def test_no_space_left_is_one_line(
         real(file, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(outputs, "_write_all", full)
+        patch.setattr(outputs, "write_all", full)
         with pytest.raises(
             OutputError, match=r"No space left on device; 8 rows are kept in .*resume"
         ):
@@ -340,7 +340,7 @@ def test_a_short_write_is_continued(tmp_path: Path) -> None:
             return super().write(bytes(data[:3]))
 
     file = Narrow()
-    outputs._write_all(file, memoryview(b"ten bytes!"))
+    outputs.write_all(file, memoryview(b"ten bytes!"))
     assert file.getvalue() == b"ten bytes!"
 
 

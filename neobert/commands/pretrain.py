@@ -1,0 +1,79 @@
+"""``neobert pretrain``: tokenise the texts of a recipe into a store."""
+
+import argparse
+
+from neobert.pretraining.prepare import prepare
+from neobert.pretraining.recipe import Recipe, read_recipe
+from neobert.pretraining.store import HISTOGRAM, Store
+from neobert.readers import InputError
+
+DESCRIPTION = """\
+With --prepare: tokenise the documents of a recipe into its store (data.store), once. A killed or
+interrupted run is resumed by the same command; what is done waits in STORE.partial.
+
+Settings of the recipe are changed by key=value, with dotted keys and YAML values:
+    neobert pretrain --prepare recipe.yaml data.path=texts/ data.store=runs/tokens
+"""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "pretrain",
+        help="tokenise texts for pre-training",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a .yaml file")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
+    parser.add_argument("--prepare", action="store_true", help="tokenise only")
+    parser.add_argument(
+        "--restart", action="store_true", help="discard what an unfinished --prepare left"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the checksums of a finished store"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.prepare:
+        raise InputError("pretrain: expected --prepare (training is not here yet), got none")
+    recipe = read_recipe(args.recipe, args.changes)
+    store = prepare(recipe.data, restart=args.restart, quiet=args.quiet)
+    if args.verify:
+        store = Store.open(store.folder, verify=True)
+    if not args.quiet:
+        print(counts(store))
+        print(lengths(store))
+        print(views(store, recipe))
+    return 0
+
+
+def counts(store: Store) -> str:
+    index = store.index
+    return (
+        f"{store.folder}: {store.tokens:,} tokens in {len(store):,} documents "
+        f"({index['empty']:,} empty ones left out, {index['split']:,} cuts of long ones), "
+        f"{index['dtype']}, {len(index['shards']):,} shard(s)"
+    )
+
+
+def lengths(store: Store) -> str:
+    """The share of documents up to each length, [CLS] and [SEP] included."""
+    names = [*(f"to {end:,}" for end in HISTOGRAM), f"over {HISTOGRAM[-1]:,}"]
+    shares = [
+        f"{count / len(store):.1%} {name}"
+        for name, count in zip(names, store.index["histogram"], strict=True)
+        if count
+    ]
+    return f"lengths: {', '.join(shares)} tokens; mean {store.tokens / len(store) + 2:,.1f}"
+
+
+def views(store: Store, recipe: Recipe) -> str:
+    from neobert.pretraining.batches import training_documents
+
+    shown = [
+        f"{name} {training_documents(store, recipe, name).size:,}" for name in recipe.batch.views
+    ]
+    return f"documents to train on: {', '.join(shown)}; held out {recipe.data.held_out:,}"

@@ -1,0 +1,60 @@
+"""Writing that a kill or a full disk cannot leave half done, and what a resumed job must match."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from neobert.readers import InputError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file that a kill leaves either old or new, never half."""
+    staged = path.with_name(f"{path.name}.new")
+    with open(staged, "wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, path)
+    sync_folder(path.parent)
+
+
+def write_all(file: BinaryIO, data: memoryview) -> None:
+    """Unbuffered files may take only a part at a time, and do so on a full disk."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames durable; Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(folder: Path, name: str = "output") -> BinaryIO:
+    """Hold the folder until the process ends, however it ends."""
+    file = open(folder / "lock", "wb")  # noqa: SIM115
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{name}: expected one job in {folder}, got a second one") from None
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks: the user takes care
+    return file
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """``"key was a, now b"`` for every key of ``now`` that ``before`` has otherwise or not."""
+    return [
+        f"{key} was {before.get(key)!r}, now {value!r}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]

@@ -1,0 +1,1 @@
+"""The paper's pre-training: recipe, tokenised store, masked batches (docs/pretraining.md)."""

@@ -1,0 +1,393 @@
+"""From a store to batches: packed or padded, masked, the same for any number of ranks and workers.
+
+The main process plans (from lengths alone), workers gather and mask. For every view an endless
+sequence of bins is a function of the seed and of a position in it: document positions run through
+one shuffled epoch after the other, a chunk of them at a time is packed, and the chunk's bins are
+shuffled. A step draws its view by a hash of (seed, step) and takes the next `bins` bins of it; bin
+k goes to rank k % world. So a few counters are all that a checkpoint has to keep.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from neobert.files import differences
+from neobert.pretraining.hashing import key, uniform
+from neobert.pretraining.masking import IGNORE_INDEX, Masked, Masking, stream_keys
+from neobert.pretraining.order import Permutation
+from neobert.pretraining.packing import pack
+from neobert.pretraining.recipe import Batch, Recipe, error, view_minimum
+from neobert.pretraining.store import SPECIALS, Store
+
+# Bins of a chunk: its last bin is what stays unfilled, well under 1 % of so many. A small store
+# has fewer: a chunk mixes no more than so many of its epochs.
+CHUNK_BINS, CHUNK_EPOCHS = 256, 4
+STATE_VERSION = 1
+# Changes after which the positions in a state still mean the same bins.
+HARMLESS = frozenset({"batch.bins", "batch.mask_rate", "batch.masking", "batch.views"})
+# First words of the keys of every kind of draw.
+_HELD_OUT, _ORDER, _BINS, _VIEW, _MASK = range(5)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One bin on the CPU. Packed: one row of T tokens. Padded: B rows of S.
+
+    Attributes:
+        input_ids: ``[1, T]`` or ``[B, S]`` int64, masked.
+        labels: The same shape, -100 where not labelled.
+        cu_seqlens: ``[B + 1]`` int32, the documents' boundaries; None when padded.
+        max_seqlen: Tokens of the longest document.
+        rows: ``[N]`` int64, the labelled positions of the flattened ``labels``.
+        documents: ``[B]`` int64, the documents' numbers in the store.
+        attention_mask: ``[B, S]`` int64 when padded; None when packed.
+        tokens: Real tokens.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None
+    max_seqlen: int
+    rows: Tensor
+    documents: np.ndarray
+    attention_mask: Tensor | None
+    tokens: int
+
+    def pin_memory(self) -> "MicroBatch":
+        """What `DataLoader` calls where there is a GPU."""
+        tensors: dict[str, Any] = {
+            k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step.
+
+    Attributes:
+        micro_batches: This rank's share of the bins.
+        state: JSON-able; `steps` continues after this step with it.
+        view: The view that all ranks' bins are drawn from.
+    """
+
+    micro_batches: list[MicroBatch]
+    state: dict[str, Any]
+    view: str
+
+
+class Plan(NamedTuple):
+    """One bin: documents, their lengths in it ([CLS] and [SEP] included), their epochs."""
+
+    documents: np.ndarray
+    lengths: np.ndarray
+    epochs: np.ndarray
+    mask_key: int
+
+
+class Documents:
+    """The documents of a view that are not held out: all by a formula, filtered ones by a list."""
+
+    def __init__(self, store: Store, held_out: int, least: int) -> None:
+        self._spread = Permutation(len(store), _HELD_OUT)
+        self._list: np.ndarray | None = None
+        self.size = len(store) - held_out
+        if least:
+            fits = np.flatnonzero(store.lengths() + SPECIALS >= least)
+            fits = np.setdiff1d(fits, self._spread(np.arange(self.size, len(store))), True)
+            self._list, self.size = fits, len(fits)
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        return self._spread(positions) if self._list is None else self._list[positions]
+
+
+def training_documents(store: Store, recipe: Recipe, view: str) -> Documents:
+    """The documents of a view.
+
+    Raises:
+        InputError: There are none, or more are held out than there are.
+    """
+    held_out = recipe.data.held_out
+    if held_out >= len(store):
+        raise error("data.held_out", f"fewer than the store's {len(store):,} documents", held_out)
+    documents = Documents(store, held_out, view_minimum(view))
+    if not documents.size:
+        rule = f"documents of at least {view_minimum(view):,} tokens for the view {view!r}"
+        raise error("batch.views", rule, f"none in {store.folder}")
+    return documents
+
+
+class View:
+    """The endless sequence of one view's bins, chunk after chunk."""
+
+    def __init__(self, store: Store, recipe: Recipe, name: str) -> None:
+        self._store, self._batch = store, recipe.batch
+        self._documents = training_documents(store, recipe, name)
+        least = view_minimum(name)
+        self._key = key(_ORDER, recipe.batch.seed, least)
+        self._mask_key = key(_MASK, recipe.batch.seed, least)
+        self._chunk_documents = self._documents_of_a_chunk()
+        self._held: tuple[int, list[Plan]] = (-1, [])
+
+    def _documents_of_a_chunk(self) -> int:
+        """As many as fill `CHUNK_BINS` bins, but no more than `CHUNK_EPOCHS` epochs."""
+        if self._batch.layout == "padded":
+            return self._batch.rows * CHUNK_BINS
+        size = self._documents.size
+        total = 0
+        for start in range(0, size, 1 << 20):
+            some = self._documents[np.arange(start, min(size, start + (1 << 20)))]
+            total += int(self._lengths(some).sum())
+        return max(1, min(CHUNK_EPOCHS * size, CHUNK_BINS * self._batch.tokens * size // total))
+
+    def _lengths(self, documents: np.ndarray) -> np.ndarray:
+        return np.minimum(self._store.lengths(documents) + SPECIALS, self._batch.max_length)
+
+    def chunk(self, number: int) -> list[Plan]:
+        """The bins of a chunk; the last one asked for is kept."""
+        if self._held[0] != number:
+            self._held = number, self._plan(number)
+        return self._held[1]
+
+    def _plan(self, number: int) -> list[Plan]:
+        first = number * self._chunk_documents
+        epochs, positions = np.divmod(
+            np.arange(first, first + self._chunk_documents), self._documents.size
+        )
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            here = epochs == epoch
+            positions[here] = self._shuffle(epoch)(positions[here])
+        documents = self._documents[positions]
+        lengths = self._lengths(documents)
+        if self._batch.layout == "padded":
+            order = np.arange(len(documents))
+            bounds = np.arange(0, len(documents) + 1, self._batch.rows)
+            bins = np.arange(len(bounds) - 1)
+        else:
+            order, bounds = pack(lengths, self._batch.tokens)
+            # Packing puts the longest documents first; steps should not see that order.
+            count = len(bounds) - 1
+            bins = Permutation(count, _BINS, self._key, number)(np.arange(count))
+        chosen = (order[bounds[i] : bounds[i + 1]] for i in bins.tolist())
+        return [Plan(documents[o], lengths[o], epochs[o], self._mask_key) for o in chosen]
+
+    def _shuffle(self, epoch: int) -> Permutation:
+        return Permutation(self._documents.size, self._key, epoch)
+
+
+class Planner:
+    """Plans of one step after the other for all ranks; `state` continues after the last one."""
+
+    def __init__(
+        self,
+        store: Store,
+        recipe: Recipe,
+        state: Mapping[str, Any] | None = None,
+        allow_change: bool = False,
+    ) -> None:
+        self._batch = recipe.batch
+        self._made_for = made_for(store, recipe)
+        self._views = {name: View(store, recipe, name) for name in recipe.batch.views}
+        self._step = 0
+        self._at = {name: {"chunk": 0, "bin": 0} for name in self._views}
+        if state is not None:
+            require_same(state, self._made_for, allow_change)
+            self._step = int(state["step"])
+            # A view that is new since then begins at its first bin.
+            self._at |= {k: dict(v) for k, v in state["views"].items() if k in self._at}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "step": self._step,
+            "views": {name: dict(at) for name, at in self._at.items()},
+            "made_for": self._made_for,
+        }
+
+    def next_step(self) -> tuple[str, list[Plan]]:
+        """The next step's view and all its bins."""
+        view = view_of_step(self._batch, self._step)
+        at, source = self._at[view], self._views[view]
+        plans: list[Plan] = []
+        while len(plans) < self._batch.bins:
+            chunk = source.chunk(at["chunk"])
+            taken = chunk[at["bin"] : at["bin"] + self._batch.bins - len(plans)]
+            plans += taken
+            at["bin"] += len(taken)
+            if at["bin"] >= len(chunk):
+                at["chunk"], at["bin"] = at["chunk"] + 1, 0
+        self._step += 1
+        return view, plans
+
+
+def view_of_step(batch: Batch, step: int) -> str:
+    """The view that a step's bins are drawn from."""
+    at = uniform(key(_VIEW, batch.seed, step))
+    for name, chance in batch.views.items():
+        at -= chance
+        if at < 0:
+            return name
+    return name  # the chances' last bits
+
+
+def made_for(store: Store, recipe: Recipe) -> dict[str, Any]:
+    """All that decides the batches."""
+    names = ("max_length", "tokens", "bins", "layout", "mask_rate", "masking", "views", "seed")
+    settings = {f"batch.{name}": getattr(recipe.batch, name) for name in names}
+    return {"store": store.digest, "data.held_out": recipe.data.held_out, **settings}
+
+
+def require_same(state: Mapping[str, Any], now: Mapping[str, Any], allow_change: bool) -> None:
+    """Refuse a state of other data.
+
+    Raises:
+        InputError: Naming what changed, unless that is `HARMLESS` and allowed.
+    """
+    if state.get("version") != STATE_VERSION:
+        raise error("resume", f"a data state of version {STATE_VERSION}", state.get("version"))
+    allowed = HARMLESS if allow_change else frozenset()
+    kept = {key: value for key, value in now.items() if key not in allowed}
+    if changed := differences(state["made_for"], kept):
+        names = {text.partition(" was ")[0] for text in changed}
+        hint = " (--allow-change goes on)" if names <= HARMLESS else ""
+        raise error("resume", "the data and batches of the checkpoint", "; ".join(changed) + hint)
+
+
+class Gather(Dataset[MicroBatch]):
+    """Plans to micro-batches: reads tokens, adds [CLS] and [SEP], masks."""
+
+    def __init__(self, store: Store, batch: Batch) -> None:
+        self._store, self._batch = store, batch
+        vocabulary = store.vocabulary
+        special = np.zeros(vocabulary.size, bool)
+        special[list(vocabulary.special)] = True
+        special[[vocabulary.cls, vocabulary.sep, vocabulary.mask, vocabulary.pad]] = True
+        self._mask = Masking(batch.mask_rate, batch.masking == "bert", vocabulary.mask, special)
+
+    def __getitem__(self, plan: Plan) -> MicroBatch:
+        bounds = np.concatenate([[0], np.cumsum(plan.lengths)])
+        ids = np.empty(bounds[-1], np.int64)
+        ids[bounds[:-1]] = self._store.vocabulary.cls
+        ids[bounds[1:] - 1] = self._store.vocabulary.sep
+        self._store.read(plan.documents, plan.lengths - SPECIALS, ids, bounds[:-1] + 1)
+        streams = stream_keys(plan.mask_key, plan.epochs, plan.documents)
+        masked = self._mask(ids, bounds, streams)
+        return (
+            self._padded(plan, masked)
+            if self._batch.layout == "padded"
+            else MicroBatch(
+                input_ids=torch.from_numpy(masked.input_ids)[None],
+                labels=torch.from_numpy(masked.labels)[None],
+                cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+                max_seqlen=int(plan.lengths.max()),
+                rows=torch.from_numpy(masked.rows),
+                documents=plan.documents,
+                attention_mask=None,
+                tokens=len(ids),
+            )
+        )
+
+    def _padded(self, plan: Plan, masked: Masked) -> MicroBatch:
+        longest = int(plan.lengths.max())
+        real = np.arange(longest) < plan.lengths[:, None]
+        input_ids = np.full(real.shape, self._store.vocabulary.pad, np.int64)
+        labels = np.full(real.shape, IGNORE_INDEX, np.int64)
+        input_ids[real], labels[real] = masked.input_ids, masked.labels
+        return MicroBatch(
+            input_ids=torch.from_numpy(input_ids),
+            labels=torch.from_numpy(labels),
+            cu_seqlens=None,
+            max_seqlen=longest,
+            rows=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
+            documents=plan.documents,
+            attention_mask=torch.from_numpy(real.astype(np.int64)),
+            tokens=len(masked.input_ids),
+        )
+
+
+def steps(
+    store: Store,
+    recipe: Recipe,
+    *,
+    world: int = 1,
+    rank: int = 0,
+    state: Mapping[str, Any] | None = None,
+    allow_change: bool = False,
+) -> Iterator[Step]:
+    """The steps of one rank, without end.
+
+    Args:
+        world: Ranks; a divisor of ``recipe.batch.bins``. It may differ from the run that made
+            ``state``: the steps are the same, only dealt to others.
+        rank: Which of them.
+        state: Of the last step that was done; None begins.
+        allow_change: Go on although settings changed that leave the positions as they are.
+
+    Raises:
+        InputError: ``bins`` cannot be dealt evenly, an empty view, or ``state`` of other data.
+    """
+    if recipe.batch.bins % world:
+        rule = f"a multiple of the {world} ranks"
+        raise error("batch.bins", rule, recipe.batch.bins)
+    assert 0 <= rank < world
+    return _steps(Planner(store, recipe, state, allow_change), store, recipe, world, rank)
+
+
+def _steps(planner: Planner, store: Store, recipe: Recipe, world: int, rank: int) -> Iterator[Step]:
+    # The loader asks for plans ahead of the batches it gives out.
+    planned: deque[tuple[str, dict[str, Any]]] = deque()
+
+    def plans() -> Iterator[Plan]:
+        while True:
+            view, bins = planner.next_step()
+            planned.append((view, planner.state))
+            yield from bins[rank::world]
+
+    batches = _load(store, recipe.batch, plans())
+    while True:
+        share = [next(batches) for _ in range(recipe.batch.bins // world)]
+        view, after = planned.popleft()
+        yield Step(share, after, view)
+
+
+def _load(store: Store, batch: Batch, plans: Iterator[Plan]) -> Iterator[MicroBatch]:
+    return iter(
+        DataLoader(
+            Gather(store, batch),
+            sampler=plans,
+            batch_size=None,
+            num_workers=batch.workers,
+            prefetch_factor=batch.prefetch if batch.workers else None,
+            collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or it would draw a seed from the global one
+        )
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def held_out(store: Store, recipe: Recipe) -> Iterator[MicroBatch]:
+    """The held-out documents once, the same bins and masks in every call and with every seed."""
+    count, batch = recipe.data.held_out, recipe.batch
+    training_documents(store, recipe, "all")  # its checks
+    documents = Permutation(len(store), _HELD_OUT)(np.arange(len(store) - count, len(store)))
+    lengths = np.minimum(store.lengths(documents) + SPECIALS, batch.max_length)
+    gather = Gather(store, batch)
+    if batch.layout == "padded":
+        order, bounds = np.arange(count), np.r_[np.arange(0, count, batch.rows), count]
+    else:
+        order, bounds = pack(lengths, batch.tokens)
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        some = order[start:end]
+        yield gather[Plan(documents[some], lengths[some], np.zeros_like(some), key(_HELD_OUT))]

@@ -1,0 +1,138 @@
+"""The documents of a recipe: files through `neobert.inputs`, or a Hugging Face data set."""
+
+from collections.abc import Collection, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from neobert.inputs import Source, open_source
+from neobert.pretraining.recipe import Data, error
+from neobert.readers import InputError, ReadOptions, Row, one_line
+
+# A document beyond this is cut at white space into several: tokenizing one text takes memory of
+# some hundred times its size, and no context window holds a quarter of it.
+MAX_CHARACTERS = 1 << 20
+
+
+def open_documents(data: Data, exclude: Collection[Path] = ()) -> Source:
+    """Open what a recipe names; ``exclude`` as in `neobert.inputs.open_source`.
+
+    Raises:
+        InputError: Nothing there to read, no such column, or `datasets` is not installed.
+    """
+    options = ReadOptions(
+        data.column, data.column, errors=data.errors, whole_files=data.whole_files
+    )
+    if data.dataset is not None:
+        return DatasetSource(data, options)
+    assert data.path is not None
+    if data.path == "-":
+        raise error("data.path", "a file or folder, which can be read again", "'-'")
+    try:
+        return open_source(data.path, options, exclude)
+    except InputError as problem:
+        raise InputError(_in_recipe_words(problem)) from None
+
+
+def texts(source: Source, skip: int, most: int | None) -> Iterator[str]:
+    """The texts after the first ``skip`` ones, up to text number ``most``."""
+    rows = source.rows(skip)
+    try:
+        for row in rows if most is None else islice(rows, max(most - skip, 0)):
+            yield row.text
+    except InputError as problem:
+        raise InputError(_in_recipe_words(problem)) from None
+
+
+def pieces(text: str, most: int = MAX_CHARACTERS) -> Iterator[str]:
+    """``text``, cut after the last white space within ``most`` characters while it is longer."""
+    start = 0
+    while len(text) - start > most:
+        window = text[start : start + most]
+        cut = max(window.rfind(" "), window.rfind("\n")) + 1 or most
+        yield window[:cut]
+        start += cut
+    yield text[start:] if start else text
+
+
+def _in_recipe_words(problem: InputError) -> str:
+    """Errors of `neobert.inputs` with the recipe's keys in place of options of the command."""
+    text = str(problem).replace("--errors replace", "data.errors=replace")
+    return f"data.path{text.removeprefix('input')}" if text.startswith("input:") else text
+
+
+class DatasetSource(Source):
+    """The text column of a data set, downloaded or streamed."""
+
+    replayable = True
+
+    def __init__(self, data: Data, options: ReadOptions) -> None:
+        self.name, self.options, self._data = str(data.dataset), options, data
+        self._rows = _load(data)
+        columns = self._rows.column_names
+        if columns is not None:  # a stream may know its columns only from its first row
+            self._require_column(columns)
+        kind = (self._rows.features or {}).get(data.column)
+        dtype = getattr(kind, "dtype", kind)
+        if kind is not None and dtype not in ("string", "large_string"):
+            raise error("data.column", f"strings in column {data.column!r}", dtype)
+
+    def __len__(self) -> int:
+        """Rows of a data set that is not streamed; 0 if they are not known."""
+        return 0 if self._data.streaming else len(self._rows)
+
+    def rows(self, skip: int = 0) -> Iterator[Row]:
+        rows = self._rows.skip(skip) if skip else self._rows
+        for number, row in enumerate(rows, skip + 1):
+            if self._data.column not in row:
+                self._require_column(list(row))
+            text = row[self._data.column]
+            if not isinstance(text, str):
+                rule = f"a string in column {self._data.column!r}"
+                raise error(f"{self.name}:{number}", rule, type(text).__name__)
+            yield Row(text, None, self.name, number)
+
+    def identity(self) -> dict[str, str | int]:
+        data = self._data
+        found: dict[str, str | int] = {
+            "dataset": str(data.dataset),
+            "subset": data.subset or "",
+            "split": data.split,
+            "revision": data.revision or "",
+            "streaming": int(data.streaming),
+        }
+        if not data.streaming:
+            found |= {
+                "dataset rows": len(self._rows),
+                "dataset fingerprint": self._rows._fingerprint,
+            }
+        return found
+
+    def _require_column(self, columns: list[str]) -> None:
+        if self._data.column not in columns:
+            rule = f"one of the columns {', '.join(columns)}"
+            raise error("data.column", rule, repr(self._data.column))
+
+
+def _load(data: Data) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise error(
+            "data.dataset",
+            "the package datasets to be installed",
+            "none; pip install 'neobert-kernels[train]'",
+        ) from None
+    try:
+        # No remote code: `datasets` runs none unless asked to.
+        loaded = datasets.load_dataset(
+            data.dataset,
+            data.subset,
+            split=data.split,
+            revision=data.revision,
+            streaming=data.streaming,
+        )
+    except Exception as problem:  # of many kinds, from the hub to the file system
+        rule = "a data set that can be loaded"
+        raise error("data.dataset", rule, f"{data.dataset!r} ({one_line(problem)})") from None
+    return loaded

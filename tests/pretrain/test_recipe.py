@@ -1,0 +1,73 @@
+"""A recipe is checked whole before anything is read."""
+
+from pathlib import Path
+
+import pytest
+
+from neobert.pretraining.recipe import Recipe, read_recipe
+from neobert.readers import InputError
+
+GOOD = "data: {path: texts, store: runs/tokens}\nbatch: {bins: 8}\n"
+
+
+def read(tmp_path: Path, *overrides: str, text: str = GOOD) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return read_recipe(path, overrides)
+
+
+def test_values_come_from_the_file_and_then_from_the_command_line(tmp_path: Path) -> None:
+    found = read(tmp_path, "batch.tokens=2048", 'batch.views={all: 5e-1, ">=512": 0.5}')
+    assert (found.batch.bins, found.batch.tokens) == (8, 2048)
+    assert found.batch.views == {"all": 0.5, ">=512": 0.5}
+    assert read(tmp_path, "data.path=", "data.dataset=a/b").data.dataset == "a/b"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.colum=x", "data: expected one of the keys path, dataset, .*, got 'colum'"),
+        ("model.size=1", "recipe: expected one of the keys data, batch.*, got 'model'"),
+        ("batch.bins=many", "batch.bins: expected a whole number, got 'many'"),
+        ("batch.bins=true", "batch.bins: expected a whole number, got True"),
+        ("batch.bins=", "batch.bins: expected a whole number, got nothing"),
+        ("batch.bins=0", "batch.bins: expected at least 1, got 0"),
+        ("batch", "override: expected key=value, got 'batch'"),
+        ("batch.bins.x=1", "batch.bins.x: expected a key of a section, got the value batch.bins"),
+        ("batch=[1", "batch: expected YAML, got "),
+        ("batch=3", "batch: expected keys with values, got 3"),
+        ("batch.tokens=1023", r"batch.tokens: expected at least batch.max_length \(1024\), .*1023"),
+        ("batch.max_length=2", "batch.max_length: expected at least 3, got 2"),
+        ("batch.mask_rate=1", "batch.mask_rate: expected a number between 0 and 1, got 1"),
+        ("batch.mask_rate=.nan", "batch.mask_rate: expected a finite number, got nan"),
+        ("batch.masking=some", "batch.masking: expected 'mask' or 'bert', got 'some'"),
+        ("batch.layout=dense", "batch.layout: expected 'packed' or 'padded', got 'dense'"),
+        ("batch.views={}", "batch.views: expected a table of names and values, got {}"),
+        ("batch.views={all: 0.5}", "batch.views: expected chances that sum to 1, got 0.5"),
+        ("batch.views={all: 0, x: 1}", "batch.views.all: expected a chance over 0"),
+        ("batch.views={long: 1}", "batch.views: expected names like .*, got 'long'"),
+        ("data.dataset=a/b", "data: expected one of path and dataset, got both"),
+        ("data.path=", "data: expected one of path and dataset, got neither"),
+        ("data.store=''", "data.store: expected a folder for the tokenised documents, got none"),
+        ("data.errors=x", "data.errors: expected 'strict' or 'replace', got 'x'"),
+        ("data.subset=x", "data.subset: expected none without data.dataset, got x"),
+        ("data.held_out=-1", "data.held_out: expected at least 0, got -1"),
+    ],
+)
+def test_bad_values_are_named(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected sections with keys"),
+        ("- 1", "expected sections with keys"),
+        ("batch: {bins: 8}", "recipe: expected a section 'data', got none"),
+        ("data: !!python/object:os.system {}", "expected YAML"),
+    ],
+)
+def test_bad_files_are_named(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, text=text)
