@@ -15,6 +15,8 @@ TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch,torch==2.13.0)
 # The oldest versions that pyproject.toml allows; Triton 3.6's interpreter needs numpy before 2.4.
 OLDEST := triton==3.6.0 transformers==5.10.1 'numpy<2.4'
 
+# The interpreter is slow: of the models' tests those of the forward, for every family.
+INTERPRETED := tests/patch/test_patch.py tests/patch/test_autocast.py
 PIP    := -m pip --disable-pip-version-check install --quiet
 BIN    := $(VENV)/bin
 # $(call pytest,VENV): tests side by side, each on one thread
@@ -70,7 +72,7 @@ support: $(VENV)/.dev
 	$(call pytest,$(VENV)) tests/patch --support-table=docs/support.md
 
 interpret: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(call pytest,$(VENV)) tests/kernels tests/patch
+	TRITON_INTERPRET=1 $(call pytest,$(VENV)) tests/kernels $(INTERPRETED)
 
 aot: $(VENV)/.dev
 	$(call pytest,$(VENV)) tests/kernels -m aot
@@ -78,7 +80,7 @@ aot: $(VENV)/.dev
 
 # The oldest stack that pyproject.toml promises: kernels, their builds, the model and the patch.
 compat: $(COMPAT)/.dev
-	TRITON_INTERPRET=1 $(call pytest,$(COMPAT)) tests/kernels tests/patch
+	TRITON_INTERPRET=1 $(call pytest,$(COMPAT)) tests/kernels $(INTERPRETED)
 	$(call pytest,$(COMPAT)) tests/kernels -m aot
 	$(call pytest,$(COMPAT)) tests/model tests/encode tests/patch
 

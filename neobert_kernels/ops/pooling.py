@@ -336,10 +336,11 @@ class _Pool(torch.autograd.Function):
         return _backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
-def _check_arguments(x: Tensor, cu_seqlens: Tensor) -> None:
+def _check_arguments(x: Tensor, cu_seqlens: Tensor, normalize: Any) -> None:
     _check.tensor("x", x, ndim=2)
     _check.dtype("x", x)
     _check.cu_seqlens(cu_seqlens, len(x), x.device)
+    _check.flag("normalize", normalize)
 
 
 def mean_pool(x: Tensor, cu_seqlens: Tensor, normalize: bool = False) -> Tensor:
@@ -357,7 +358,7 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, normalize: bool = False) -> Tensor:
     Raises:
         ValueError: A shape, dtype, device or (on CPU) boundary breaks the rules above.
     """
-    _check_arguments(x, cu_seqlens)
+    _check_arguments(x, cu_seqlens, normalize)
     if not _runtime.use_kernel(x):
         return mean_pool_reference(x, cu_seqlens, normalize)
     return _Pool.apply(x, cu_seqlens, True, normalize)
@@ -368,7 +369,7 @@ def first_pool(x: Tensor, cu_seqlens: Tensor, normalize: bool = False) -> Tensor
 
     Args, returns, raises: as `mean_pool`.
     """
-    _check_arguments(x, cu_seqlens)
+    _check_arguments(x, cu_seqlens, normalize)
     if not _runtime.use_kernel(x):
         return first_pool_reference(x, cu_seqlens, normalize)
     return _Pool.apply(x, cu_seqlens, False, normalize)

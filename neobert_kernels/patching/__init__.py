@@ -179,7 +179,8 @@ def patched(model: nn.Module, **options: bool | None) -> Iterator[PatchReport]:
     try:
         yield report
     finally:
-        unpatch(model)
+        if next(_patched(model), None) is not None:
+            unpatch(model)
 
 
 def _check_options(options: Options) -> None:

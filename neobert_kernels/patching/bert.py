@@ -27,6 +27,9 @@ from neobert_kernels.patching.family import Family, Packed, replacement
 OPERATORS = ("add_layer_norm", "attention", "first_pool", "linear_cross_entropy")
 
 
+MODELING = "transformers.models.bert.modeling_bert"
+
+
 def check_like_bert(base: Any, module: str, prefix: str) -> None:
     """Raise ValueError unless every part is one that the functions below understand."""
     modeling = importlib.import_module(module)
@@ -38,14 +41,26 @@ def check_like_bert(base: Any, module: str, prefix: str) -> None:
         raise _check.error("model", "an encoder (is_decoder=False)", "a decoder")
     expect(base.embeddings, part("Embeddings"), "embeddings")
     expect(base.embeddings.LayerNorm, nn.LayerNorm, "embeddings.LayerNorm")
+    expect(base.encoder, part("Encoder"), "encoder")
     for i, layer in enumerate(base.encoder.layer):
         name = f"encoder.layer.{i}"
         expect(layer, part("Layer"), name, called=True)
+        expect(layer.attention, part("Attention"), f"{name}.attention")
         expect(layer.attention.self, part("SelfAttention"), f"{name}.attention.self")
         expect(layer.attention.output, part("SelfOutput"), f"{name}.attention.output")
         expect(layer.output, part("Output"), f"{name}.output")
         for block in (layer.attention.output, layer.output):
             expect(block.LayerNorm, nn.LayerNorm, f"{name} LayerNorm")
+
+
+def check_predictions(head: Any, module: str, prefix: str) -> None:
+    """A masked-LM head's ``cls``, of which only the parts are called."""
+    if hasattr(head, "cls"):
+        modeling = importlib.import_module(module)
+        expect(head.cls, getattr(modeling, f"{prefix}OnlyMLMHead"), "cls")
+        expect(
+            head.cls.predictions, getattr(modeling, f"{prefix}LMPredictionHead"), "cls.predictions"
+        )
 
 
 def layers(base: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -109,7 +124,7 @@ def classify_pooled(self: Any, packed: Packed) -> Tensor:
 FAMILY = Family(
     name="bert",
     operators=OPERATORS,
-    check=lambda base: check_like_bert(base, "transformers.models.bert.modeling_bert", "Bert"),
+    check=lambda base: check_like_bert(base, MODELING, "Bert"),
     layers=layers,
     layer_forward=layer_forward,
     what="packed attention, norms fused with their residual",
@@ -119,6 +134,7 @@ FAMILY = Family(
     longest=lambda base: base.config.max_position_embeddings,
     extras=("token_type_ids",),
     pool=pool,
+    check_head=lambda head: check_predictions(head, MODELING, "Bert"),
     heads={
         "BertForMaskedLM": heads.masked_lm(
             lambda self, x: self.cls.predictions.transform(x),

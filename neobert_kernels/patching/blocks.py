@@ -13,14 +13,27 @@ from neobert_kernels import _check
 def expect(module: Any, cls: Any, name: str, *, called: bool = False) -> None:
     """Raise ValueError unless a part is just what its family builds.
 
-    A part that the patched block does not call, only reads weights of, may have no hooks either:
-    they would not run. Those that transformers sets to record outputs are no loss.
+    A part that the patched block does not call, only reads weights of, may have no hooks and no
+    forward of its own either: they would not run. Hooks that transformers sets to record outputs
+    are no loss.
     """
     if type(module) is not cls:
         raise _check.error("model", f"{name} to be {cls.__name__}", type(module).__name__)
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if not called and any(not hook.__module__.startswith("transformers.") for hook in hooks):
-        rule = f"{name} without forward hooks (a patched encoder does not call it)"
+    if getattr(module, "elementwise_affine", True) is False:
+        raise _check.error("model", f"{name} with a weight", "elementwise_affine=False")
+    if called:
+        return
+    if "forward" in module.__dict__:
+        rule = f"{name} with the forward of its class (a patched encoder does not call it)"
+        raise _check.error("model", rule, "one whose forward was replaced")
+    hooks = (
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    )
+    if any(not hook.__module__.startswith("transformers.") for hook in hooks):
+        rule = f"{name} without hooks (a patched encoder does not call it)"
         raise _check.error("model", rule, "one that has them")
 
 

@@ -57,7 +57,11 @@ def _base(self: Any) -> nn.Module:
 
 def _call_base(self: Any, inputs: dict[str, Any], head: HeadCall) -> Packed:
     """Through ``__call__``, so that hooks on the base model run."""
-    return _base(self)(**inputs, _head=head)
+    packed = _base(self)(**inputs, _head=head)
+    if not isinstance(packed, Packed):  # a part was unpatched or replaced by itself
+        rule = "its encoder to be patched as the head is (unpatch and patch the whole model)"
+        raise _check.error("model", rule, "a plain one")
+    return packed
 
 
 def _output(
@@ -78,8 +82,11 @@ def _lay_out(self: Any, packed: Packed, x: Tensor) -> Tensor:
 def _labels(name: str, labels: Tensor, packed: Batch, like: Tensor) -> Tensor:
     """Token labels ``[B, S]`` (packed: ``[1, T]``) as ``[T]``."""
     _check.tensor(name, labels, ndim=2)
-    if packed.packing is None:
-        _check.shape(name, labels, (1, len(packed.positions)))
+    packing = packed.packing
+    rows = (1, len(packed.positions))
+    if packing is not None:
+        rows = (packing.batch_size, packing.padded_length)
+    _check.shape(name, labels, rows)
     return packed.pack(labels.to(like.device))
 
 
@@ -213,10 +220,14 @@ def _labelled(labels: Tensor, batch: Batch, unlabelled: tuple[int, ...]) -> Tens
 
 
 def _wants_logits(self: Any, options: Options, decoder: Any) -> bool:
+    # A decoder that is more than its weight and bias (LoRA, pruning, a hook) has to be called.
+    hooks = (decoder._forward_hooks, decoder._forward_pre_hooks) if decoder else ()
+    plain = type(decoder) is nn.Linear and not any(hooks) and "forward" not in vars(decoder)
+    if options.mlm_logits is False and not plain:
+        rule = "True or None where the decoder is more than a plain Linear"
+        raise _check.error("mlm_logits", rule, False)
     if options.mlm_logits is not None:
         return options.mlm_logits
-    # A decoder that is more than its weight and bias (LoRA, a hook) has to be called.
-    plain = type(decoder) is nn.Linear and not decoder._forward_hooks
     return not (self.training and plain)
 
 
@@ -350,8 +361,10 @@ def question_answering(score: Score, loss_function: bool = False) -> Maker:
             answered = all(t is not None for t in targets)
             if answered and packed.batch.packing is None:
                 raise _check.error("start_positions", "None when packed", tuple(targets[0].shape))
-            lowest = torch.finfo(packed.x.dtype).min
-            spans = [packed.batch.unpack(end, lowest) for end in score(self, packed.x).unbind(-1)]
+            logits = score(self, packed.x)
+            lowest = torch.finfo(logits.dtype).min
+            spans = [packed.batch.unpack(end, lowest) for end in logits.unbind(-1)]
+            targets = [_at_tokens(target, packed.batch, logits) for target in targets]
             loss = None
             if answered and loss_function:
                 options = {} if items is None else {"num_items_in_batch": items}
@@ -369,6 +382,17 @@ def question_answering(score: Score, loss_function: bool = False) -> Maker:
         return in_place_of(cls, forward)
 
     return maker
+
+
+def _at_tokens(target: Any, batch: Batch, like: Tensor) -> Any:
+    """Targets that lie at padding moved outside the row, where they do not count."""
+    if target is None or batch.packing is None:
+        return target
+    real = batch.unpack(torch.ones(len(like), dtype=torch.bool, device=like.device))
+    row = target.to(like.device).flatten()
+    outside = real.shape[1]
+    inside = real.gather(1, row.clamp(0, max(outside - 1, 0))[:, None])[:, 0]
+    return torch.where(inside | (row >= outside) | (row < 0), row, outside)
 
 
 def _span_loss(spans: list[Tensor], targets: list[Tensor]) -> Tensor:

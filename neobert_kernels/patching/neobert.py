@@ -19,10 +19,11 @@ OPERATORS = (
 
 def check(base: Any) -> None:
     """Raise ValueError unless every part is one that the functions below understand."""
-    from neobert.model import NeoBERTLayer, NeoBERTRMSNorm
+    from neobert.model import NeoBERTFeedForward, NeoBERTLayer, NeoBERTRMSNorm
 
     for name, layer in layers(base):
         expect(layer, NeoBERTLayer, name, called=True)
+        expect(layer.ffn, NeoBERTFeedForward, f"{name}.ffn")
         expect(layer.attention_norm, NeoBERTRMSNorm, f"{name}.attention_norm")
         expect(layer.ffn_norm, NeoBERTRMSNorm, f"{name}.ffn_norm")
     expect(base.layer_norm, NeoBERTRMSNorm, "layer_norm")

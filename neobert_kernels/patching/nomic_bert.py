@@ -91,6 +91,9 @@ FAMILY = Family(
     longest=lambda base: None,
     extras=("token_type_ids",),
     pool=bert.pool,
+    check_head=lambda head: bert.check_predictions(
+        head, "transformers.models.nomic_bert.modeling_nomic_bert", "NomicBert"
+    ),
     heads={
         "NomicBertForMaskedLM": heads.masked_lm(
             lambda self, x: self.cls.predictions.transform(x),

@@ -1,5 +1,6 @@
 """RoBERTa: BERT's blocks, with positions counted from ``padding_idx + 1`` over non-padding ids."""
 
+import importlib
 from typing import Any
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 from neobert_kernels._packed import document_of_token
 from neobert_kernels.patching import bert, heads
 from neobert_kernels.patching.batch import Batch
+from neobert_kernels.patching.blocks import expect
 from neobert_kernels.patching.family import Family, Packed
 
 
@@ -42,6 +44,12 @@ def classify(self: Any, packed: Packed) -> Tensor:
     return self.classifier(heads.first_pooled(packed)[:, None])
 
 
+def check_head(head: Any, module: str, prefix: str) -> None:
+    if hasattr(head, "lm_head"):
+        modeling = importlib.import_module(module)
+        expect(head.lm_head, getattr(modeling, f"{prefix}LMHead"), "lm_head")
+
+
 def family(name: str, prefix: str) -> Family:
     """RoBERTa, or a family whose classes are the same under another ``prefix``."""
     module = f"transformers.models.{name}.modeling_{name}"
@@ -60,6 +68,7 @@ def family(name: str, prefix: str) -> Family:
         pool=bert.pool,
         first_position=first_position,
         positions=positions,
+        check_head=lambda head: check_head(head, module, prefix),
         heads={
             f"{prefix}ForMaskedLM": heads.masked_lm(hidden, lambda self: self.lm_head.decoder),
             f"{prefix}ForSequenceClassification": heads.sequence_classification(classify),

@@ -568,3 +568,9 @@ def test_rejects(changes, message):
     for op in (nk.linear_cross_entropy, nk.linear_cross_entropy_with_stats):
         with pytest.raises(ValueError, match=message):
             op(**(ARGUMENTS | changes))
+
+
+def test_a_number_of_rows_without_tokens(device):
+    x, weight = torch.zeros(0, 4, device=device), torch.zeros(5, 4, device=device)
+    labels = torch.zeros(0, dtype=torch.int64, device=device)
+    assert nk.linear_cross_entropy(x, weight, labels, rows=4) == 0

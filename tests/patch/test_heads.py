@@ -284,3 +284,36 @@ def test_every_kind_of_problem(family, kind):
             assert model.config.problem_type == problem
             with pytest.raises(ValueError, match=r"labels: expected one per document .4., got 3"):
                 model(input_ids=ids, attention_mask=mask, labels=labels[:3])
+
+
+@mlm
+def test_a_decoder_that_is_more_than_a_linear_is_called(family):
+    model = ENCODERS[family].head("mlm").train()
+    inputs = with_labels("mlm", *padded(family))
+    decoder = model.get_output_embeddings()
+    decoder.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    expected = model(**inputs).loss
+    with nk.patched(model):
+        torch.testing.assert_close(model(**inputs).loss, expected)
+    with (
+        nk.patched(model, mlm_logits=False),
+        pytest.raises(ValueError, match="mlm_logits: expected True or None where the decoder is"),
+    ):
+        model(**inputs)
+    with nk.patched(model), pytest.raises(ValueError, match="labels: expected shape"):
+        model(**inputs | {"labels": inputs["labels"][:, :3]})
+
+
+@pytest.mark.parametrize("family", [f for f, e in ENCODERS.items() if e.has("question")])
+def test_spans_under_autocast_and_targets_at_padding(family):
+    model = ENCODERS[family].head("question").eval()
+    ids, mask = padded(family)
+    inputs = with_labels("question", ids, mask)
+    with nk.patched(model):
+        plain = model(**inputs).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(**inputs).loss.float(), plain, rtol=0.05, atol=0)
+        inputs["start_positions"][1] = inputs["end_positions"][1] = LENGTHS[1] + 2  # padding
+        keep = [0, 2, 3]
+        expected = model(**{name: value[keep] for name, value in inputs.items()}).loss
+        torch.testing.assert_close(model(**inputs).loss, expected)

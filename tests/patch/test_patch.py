@@ -444,7 +444,7 @@ def test_hooks_on_parts_that_are_not_called_are_refused():
     model = ENCODERS["bert"].base()
     norm = model.encoder.layer[1].output.LayerNorm
     handle = norm.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"encoder.layer.1 LayerNorm without forward hooks"):
+    with pytest.raises(ValueError, match=r"encoder.layer.1 LayerNorm without hooks"):
         nk.patch(model)
     handle.remove()
     model.encoder.layer[1].register_forward_hook(lambda *_: None)
@@ -499,3 +499,51 @@ def test_the_report_says_what_was_left_and_why():
     other = nk.patch(transformers.BertForNextSentencePrediction(encoder.config()))
     (entry,) = [e for e in other.left if "own forward" in e.why]
     assert (entry.name, entry.what) == ("", "BertForNextSentencePrediction")
+
+
+def bypassed():
+    """Parts that a patched encoder reads and does not call, by family."""
+    yield "bert", "mlm", ["bert.encoder", "bert.encoder.layer.0.attention", "cls.predictions"]
+    yield "roberta", "mlm", ["roberta.encoder", "lm_head"]
+    yield "nomic_bert", "mlm", ["nomic_bert.layers.0.self_attn", "cls"]
+    yield "modernbert", "mlm", ["model.layers.0.attn", "model.final_norm"]
+    yield "eurobert", "mlm", ["model.layers.0.mlp", "model.norm"]
+    yield "neobert", "mlm", ["model.transformer_encoder.0.ffn", "model.layer_norm"]
+
+
+CASES = [(family, kind, path) for family, kind, paths in bypassed() for path in paths]
+
+
+@pytest.mark.parametrize(("family", "kind", "path"), CASES)
+def test_nothing_that_someone_changed_is_passed_over(family, kind, path):
+    for change, why in [
+        (
+            lambda part: setattr(part, "forward", lambda *a, **k: None),
+            "with the forward of its class",
+        ),
+        (lambda part: part.register_forward_pre_hook(lambda *a: None), "without hooks"),
+        (lambda part: part.register_full_backward_hook(lambda *a: None), "without hooks"),
+        (lambda part: setattr(part, "__class__", type("Own", (type(part),), {})), "got Own"),
+    ]:
+        model = ENCODERS[family].head(kind)
+        change(model.get_submodule(path))
+        with pytest.raises(ValueError, match=why):
+            nk.patch(model)
+        assert not any(getattr(m, "_neobert_kernels_options", None) for m in model.modules())
+
+
+def test_a_norm_without_weights_is_refused():
+    model = ENCODERS["bert"].base()
+    model.encoder.layer[0].output.LayerNorm = nn.LayerNorm(48, elementwise_affine=False)
+    with pytest.raises(ValueError, match="LayerNorm with a weight, got elementwise_affine=False"):
+        nk.patch(model)
+
+
+def test_a_part_that_was_unpatched_by_itself_is_named():
+    model = ENCODERS["bert"].head("mlm")
+    with nk.patched(model):
+        nk.unpatch(model.bert)
+        with pytest.raises(ValueError, match="its encoder to be patched as the head is"):
+            model(IDS)
+    with nk.patched(model):
+        nk.unpatch(model)

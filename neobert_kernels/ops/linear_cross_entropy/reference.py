@@ -88,6 +88,8 @@ def row_indices(labels: Tensor, rows: Tensor | int | None, ignore_index: int) ->
     labelled = labels != ignore_index
     if rows is None:
         return labelled.nonzero().squeeze(1)
+    if not len(labels):  # no row for a -1 to stand for
+        rows = 0
     return torch.nonzero_static(labelled, size=rows, fill_value=-1).squeeze(1)
 
 
