@@ -272,7 +272,7 @@ def test_bad_options_are_refused(options, message):
         ("./no/such/folder", "expected a folder or a hub id, got nothing at"),
         (
             "some-team/some-model",
-            "hub cannot be reached .*; neobert encode --help names an installed one",
+            "hub cannot be reached .*; neobert encode --help names an installed",
         ),
         ("a/b/c", "not the form of a hub id"),
         (__file__, "expected a folder or a hub id, got a file"),

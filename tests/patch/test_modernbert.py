@@ -264,7 +264,7 @@ def scaled():
         (changed("final_norm", nn.RMSNorm(48)), "final_norm to be LayerNorm, got RMSNorm"),
         (changed("layers.1.attn", nn.Linear(48, 48)), "layers.1.attn to be ModernBertAttention"),
         (changed("layers.1.mlp", nn.Linear(48, 48)), "layers.1.mlp to be ModernBertMLP"),
-        (with_hook, "layers.2.attn without forward hooks"),
+        (with_hook, "layers.2.attn without hooks"),
     ],
 )
 def test_what_is_not_understood_is_named_and_left_alone(make, message):

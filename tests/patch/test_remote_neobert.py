@@ -262,7 +262,7 @@ def parameter_of_its_own(model):
         ),
         (
             lambda model: model.layer_norm.register_forward_hook(lambda *_: None),
-            "layer_norm without forward hooks",
+            "layer_norm without hooks",
         ),
     ],
 )

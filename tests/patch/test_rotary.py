@@ -195,8 +195,8 @@ def hooked(part):
         (rope("linear"), None, r"model: expected the rope type 'default' .*, got 'linear'"),
         ({}, swapped("layers.1.mlp", nn.Identity()), r"layers.1.mlp to be \w+MLP, got Identity"),
         ({}, swapped("rotary_emb", nn.Identity()), r"rotary_emb to be \w+, got Identity"),
-        ({}, hooked("layers.2.mlp.act_fn"), r"layers.2.mlp.act_fn without forward hooks"),
-        ({}, hooked("layers.2.self_attn"), r"layers.2.self_attn without forward hooks"),
+        ({}, hooked("layers.2.mlp.act_fn"), r"layers.2.mlp.act_fn without hooks"),
+        ({}, hooked("layers.2.self_attn"), r"layers.2.self_attn without hooks"),
         (
             {},
             swapped("layers.0.post_attention_layernorm", nn.RMSNorm(48)),
