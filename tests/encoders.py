@@ -62,7 +62,14 @@ class Encoder:
         return getattr(self.library, self.prefix + _CLASSES[kind])(self.config(**changes))
 
     def has(self, kind: str) -> bool:
-        return hasattr(self.library, self.prefix + _CLASSES[kind])
+        if not hasattr(self.library, self.prefix + _CLASSES[kind]):
+            return False
+        if kind != "choice":
+            return True
+        # transformers 5.10's XLM-RoBERTa reads a pooler that its own class leaves out.
+        model: Any = self.head(kind)
+        base = getattr(model, model.base_model_prefix)
+        return getattr(base, "pooler", self) is not None
 
 
 def _config(cls: type, **fixed: Any) -> Callable[..., Any]:
