@@ -142,19 +142,19 @@ def table(folder: Path) -> str:
             shown = ("", NOT_MEASURED, "")
         else:
             shown = cells(match[1]["values"])
-            sources.append(source_line(match[0]))
+            sources.append(source_line(*match))
         lines.append(f"| {title} | {baseline} | {' | '.join(shown)} | {goal} |")
     notes = [f"Measured on {source}." for source in dict.fromkeys(sources)]
     return "\n".join([*lines, "", *(notes or ["Nothing has been measured yet."])])
 
 
-def source_line(document: dict[str, Any]) -> str:
-    """Where the numbers of one results file come from."""
+def source_line(document: dict[str, Any], result: dict[str, Any]) -> str:
+    """Where a number comes from; a file holds results of several commits."""
     machine, versions = document["machine"], document["versions"]
     software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
     return (
         f"{machine['device']} ({machine['cores']} cores, {machine['threads']} threads), "
-        f"{software}, {document['date']}, commit {document['commit'][:10]}"
+        f"{software}, {document['date']}, commit {result['commit'][:10]}"
     )
 
 

@@ -47,6 +47,8 @@ def documents_of(kwargs: dict[str, Any]) -> Documents | None:
     """The packed layout among ``forward``'s keywords, under Hugging Face's names or upstream's."""
     for lengths, longest in (("cu_seq_lens_q", "max_length_q"), ("cu_seqlens", "max_seqlen")):
         if kwargs.get(lengths) is None:
+            if kwargs.get(longest) is not None:  # one document of all tokens, silently
+                raise _check.error(lengths, f"the documents beside {longest}", None)
             continue
         if kwargs.get(longest) is None:
             raise _check.error(longest, f"the longest length beside {lengths}", None)

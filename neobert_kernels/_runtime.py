@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neobert_kernels import _triton
+from neobert_kernels import _check, _triton
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -85,6 +85,8 @@ def load_operators() -> dict[str, Operator]:
 
 def implementation(name: str, device: torch.device | str = "cpu") -> str:
     """What runs for operator ``name``: "triton", "triton-interpreter" or "reference"."""
+    if name not in OPERATORS and name not in load_operators():
+        raise _check.error("name", f"an operator ({', '.join(sorted(OPERATORS))})", repr(name))
     if not OPERATORS[name].kernels or not _triton.AVAILABLE:
         return "reference"
     if torch.device(device).type == "cuda":

@@ -186,6 +186,8 @@ def _given_boundaries(
     if not isinstance(longest, int) or isinstance(longest, bool):
         raise _check.error(names[1], "an int", repr(longest))
     _check_keys(given["cu_seq_lens_k"], bounds, names[0])
+    if given["max_length_k"] not in (None, longest):
+        raise _check.error("max_length_k", f"{names[1]} ({longest})", given["max_length_k"])
     return (bounds, longest), names
 
 

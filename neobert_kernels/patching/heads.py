@@ -173,10 +173,9 @@ def masked_lm(
             unlabelled = (IGNORE_INDEX,) if left_out is None else (IGNORE_INDEX, left_out)
 
             def rows_of(batch: Batch) -> Tensor:
-                labelled = _labelled(labels, batch, unlabelled)
                 if known is not None:
-                    return _known_rows(known, labelled, batch)
-                return labelled.nonzero().squeeze(1)
+                    return _known_rows(known, labels, batch, unlabelled)
+                return _labelled(labels, batch, unlabelled).nonzero().squeeze(1)
 
             packed = _call_base(self, inputs, HeadCall(rows_of, options.labelled_rows_only))
             x, rows = packed.x, packed.rows
@@ -195,15 +194,15 @@ def masked_lm(
     return maker
 
 
-def _known_rows(rows: Tensor, labelled: Tensor, batch: Batch) -> Tensor:
+def _known_rows(rows: Tensor, labels: Tensor, batch: Batch, unlabelled: tuple[int, ...]) -> Tensor:
     """``labelled_rows`` of a packed call: nothing has to be read back from the device then."""
     if batch.packing is not None:
         raise _check.error("labelled_rows", "None unless the input is packed", tuple(rows.shape))
     _check.tensor("labelled_rows", rows, ndim=1)
     _check.dtype("labelled_rows", rows, (torch.int64,))
-    _check.device("labelled_rows", rows, labelled.device)
+    _check.device("labelled_rows", rows, batch.positions.device)
     if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        wanted = labelled.nonzero().squeeze(1)
+        wanted = _labelled(labels, batch, unlabelled).nonzero().squeeze(1)
         if not torch.equal(rows.sort().values, wanted):
             rule = f"the indices of all labelled tokens ({len(wanted)})"
             raise _check.error("labelled_rows", rule, f"{len(rows)} others")
@@ -221,8 +220,8 @@ def _labelled(labels: Tensor, batch: Batch, unlabelled: tuple[int, ...]) -> Tens
 
 def _wants_logits(self: Any, options: Options, decoder: Any) -> bool:
     # A decoder that is more than its weight and bias (LoRA, pruning, a hook) has to be called.
-    hooks = (decoder._forward_hooks, decoder._forward_pre_hooks) if decoder else ()
-    plain = type(decoder) is nn.Linear and not any(hooks) and "forward" not in vars(decoder)
+    hooked = decoder._forward_hooks or decoder._forward_pre_hooks
+    plain = type(decoder) is nn.Linear and not hooked and "forward" not in vars(decoder)
     if options.mlm_logits is False and not plain:
         rule = "True or None where the decoder is more than a plain Linear"
         raise _check.error("mlm_logits", rule, False)
@@ -252,10 +251,9 @@ def classification_loss(self: Any, logits: Tensor, labels: Tensor, items: Any = 
         else:
             config.problem_type = "multi_label_classification"
     if config.problem_type == "regression":
-        same = logits.numel() == labels.numel()
-        return F.mse_loss(
-            logits.flatten() if same else logits, labels.flatten() if same else labels
-        )
+        if logits.numel() != labels.numel():  # torch would broadcast
+            raise _check.error("labels", f"{logits.numel()} values", labels.numel())
+        return F.mse_loss(logits.flatten(), labels.flatten())
     if config.problem_type == "single_label_classification":
         return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
     return F.binary_cross_entropy_with_logits(logits, labels)

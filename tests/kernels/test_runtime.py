@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import neobert_kernels as nk
 from neobert_kernels import _runtime
 
 
@@ -24,3 +25,8 @@ def test_a_launch_runs_on_the_gpu_of_its_first_tensor(monkeypatch: pytest.Monkey
         x = SimpleNamespace(get_device=lambda index=index: index)
         assert launch(x, "option") == (index, "option")
     assert entered == [1]
+
+
+def test_an_unknown_operator_is_named() -> None:
+    with pytest.raises(ValueError, match=r"name: expected an operator .*rms_norm.*, got 'nope'"):
+        nk.implementation("nope")

@@ -1,0 +1,17 @@
+"""A small encoding job, and how it is killed."""
+
+from fake_encoder import FakeEncoder
+
+TEXTS = [f"text {i} " + "word " * (i % 7) for i in range(18)]
+
+
+class Killed(BaseException):
+    """Stands for a process that ends between two system calls."""
+
+
+def stop_after(texts: int) -> FakeEncoder:
+    def stop(done: int) -> None:
+        if done >= texts:
+            raise Killed
+
+    return FakeEncoder(after_window=stop)
