@@ -1,11 +1,13 @@
 """What two processes do with a patched model: DDP and FSDP2 on gloo."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from encoders import ENCODERS, padded, with_labels
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import neobert_kernels as nk
 
@@ -34,10 +36,18 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def sharded(model: nn.Module, mesh: Any, **options: Any) -> nn.Module:
+    """Patched, and every layer sharded by FSDP2."""
+    report = nk.patch(model)
+    for entry in report.replaced:
+        if entry.name.startswith(f"{model.base_model_prefix}."):
+            fully_shard(model.get_submodule(entry.name), mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
 def run(rank: int, folder: str) -> None:
     """Save the gradients that data parallelism gives, by family, head and wrapper."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), WORLD)
@@ -54,15 +64,12 @@ def run(rank: int, folder: str) -> None:
             wrapped(**batch(family, kind, rank)).loss.backward()
             found[family, kind, "ddp"] = gradients(wrapped)
 
-            model = build(family, kind)
-            report = nk.patch(model)
-            prefix = model.base_model_prefix + "."
-            layers = [e.name for e in report.replaced if e.name.startswith(prefix)]
-            for name in layers:
-                fully_shard(model.get_submodule(name), mesh=mesh)
-            fully_shard(model, mesh=mesh)
+            model = sharded(build(family, kind), mesh)
             model(**batch(family, kind, rank)).loss.backward()
             found[family, kind, "fsdp"] = gradients(model)
+        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        model = sharded(build(family, "mlm"), mesh, mp_policy=half)
+        found[family, "mlm", "bf16 loss"] = model(**batch(family, "mlm", rank)).loss.detach()
     if rank == 0:
         torch.save(found, Path(folder) / "gradients.pt")
     dist.destroy_process_group()

@@ -15,6 +15,7 @@ from neobert_kernels import _check
 from neobert_kernels.patching import heads
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import (
+    Context,
     at,
     expect,
     heads_of,
@@ -81,9 +82,7 @@ def embed(base: Any, batch: Batch, tokens: Tensor, extras: dict[str, Tensor]) ->
 
 
 @replacement
-def layer_forward(
-    self: Any, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None
-) -> Tensor:
+def layer_forward(self: Any, x: Tensor, context: Context, rows: Tensor | None) -> Tensor:
     """One block on packed tokens, ``[T, C]`` to ``[T, C]``, or to ``rows`` of it."""
     attention = self.attention.self
     refuse_attention_dropout(self.training, attention.dropout.p)
@@ -91,8 +90,8 @@ def layer_forward(
         heads_of(project(x), attention.attention_head_size)
         for project in (attention.query, attention.key, attention.value)
     )
-    context = nk.attention(q, k, v, cu_seqlens, max_seqlen, scale=attention.scaling).flatten(1)
-    x = _residual_norm(self.attention.output, at(rows, context), at(rows, x))
+    mixed = nk.attention(q, k, v, context.cu_seqlens, context.max_seqlen, scale=attention.scaling)
+    x = _residual_norm(self.attention.output, at(rows, mixed.flatten(1)), at(rows, x))
     return _residual_norm(self.output, self.intermediate(x), x)
 
 
@@ -103,8 +102,8 @@ def _residual_norm(block: Any, x: Tensor, residual: Tensor) -> Tensor:
 def run(
     base: Any, x: Tensor, batch: Batch, states: list[Tensor] | None, rows: Tensor | None
 ) -> Tensor:
-    context = (batch.cu_seqlens, batch.max_seqlen)
-    return run_post_norm(base.encoder.layer, x, states, rows, *context)
+    context = Context(batch.cu_seqlens, batch.max_seqlen)
+    return run_post_norm(base.encoder.layer, x, states, rows, context)
 
 
 def pool(base: Any, x: Tensor, batch: Batch) -> Tensor | None:

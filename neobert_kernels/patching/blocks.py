@@ -8,6 +8,36 @@ from torch import Tensor
 
 import neobert_kernels as nk
 from neobert_kernels import _check
+from neobert_kernels.patching.batch import Batch
+
+
+class Context:
+    """What every block of a forward gets beside the hidden states.
+
+    A plain class, no dataclass or tuple: FSDP2 in mixed precision looks into those among a layer's
+    arguments and casts every float to its compute dtype, and angles have to stay float32.
+
+    Attributes:
+        cu_seqlens: ``[B + 1]`` int32 document boundaries.
+        max_seqlen: The longest document.
+        cos, sin: ``[T, D / 2]`` float32 where the family has RoPE.
+    """
+
+    def __init__(
+        self,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> None:
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+        self.cos, self.sin = cos, sin
+
+
+def rotated(batch: Batch, head_size: int, theta: float) -> Context:
+    """The context of a family with RoPE: one table for all blocks that share ``theta``."""
+    cos, sin = nk.rope_table(batch.positions, head_size, theta)
+    return Context(batch.cu_seqlens, batch.max_seqlen, cos, sin)
 
 
 def expect(module: Any, cls: Any, name: str, *, called: bool = False) -> None:
@@ -80,14 +110,14 @@ def rms_norm(weight: Tensor, eps: float, x: Tensor, delta: Tensor | None) -> tup
 
 
 def run_post_norm(
-    layers: Any, x: Tensor, states: list[Tensor] | None, rows: Tensor | None, *context: Any
+    layers: Any, x: Tensor, states: list[Tensor] | None, rows: Tensor | None, context: Context
 ) -> Tensor:
     """Blocks whose output is the next one's input; ``rows`` only reach the last of them."""
     if states is not None:
         states.append(x)
     last = len(layers) - 1
     for i, layer in enumerate(layers):
-        x = layer(x, *context, rows if i == last else None)
+        x = layer(x, context, rows if i == last else None)
         if states is not None:
             states.append(x)
     return x
@@ -98,7 +128,7 @@ def run_pre_norm(
     x: Tensor,
     states: list[Tensor] | None,
     rows: Tensor | None,
-    context: Callable[[Any], tuple],
+    context: Callable[[Any], Context],
     final_norm: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Blocks between which the residual stream travels as ``x`` and the ``delta`` to be added.
@@ -111,7 +141,7 @@ def run_pre_norm(
     delta = None
     last = len(layers) - 1
     for i, layer in enumerate(layers):
-        x, delta = layer(x, delta, *context(layer), rows if i == last else None)
+        x, delta = layer(x, delta, context(layer), rows if i == last else None)
         if states is not None:
             states.append(x + delta)
     y, _ = final_norm(x, delta)

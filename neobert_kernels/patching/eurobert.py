@@ -9,7 +9,7 @@ import neobert_kernels as nk
 from neobert_kernels import _check
 from neobert_kernels.patching import heads
 from neobert_kernels.patching.batch import Batch
-from neobert_kernels.patching.blocks import at, expect, rms_norm, run_pre_norm
+from neobert_kernels.patching.blocks import Context, at, expect, rms_norm, run_pre_norm
 from neobert_kernels.patching.family import Family, Packed, replacement
 from neobert_kernels.patching.rotary import (
     attend,
@@ -54,19 +54,11 @@ def _norm(norm: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @replacement
 def layer_forward(
-    self: Any,
-    x: Tensor,
-    delta: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    rows: Tensor | None,
+    self: Any, x: Tensor, delta: Tensor | None, context: Context, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One block on packed tokens: ``x`` and ``delta``, both ``[T, C]``, to the next pair."""
     u, x = _norm(self.input_layernorm, x, delta)
-    context = attend(self.self_attn, u, cos, sin, cu_seqlens, max_seqlen)
-    delta = self.self_attn.o_proj(at(rows, context))
+    delta = self.self_attn.o_proj(at(rows, attend(self.self_attn, u, context)))
     u, x = _norm(self.post_attention_layernorm, at(rows, x), delta)
     return x, feed_forward(self.mlp, u)
 

@@ -11,10 +11,12 @@ from neobert_kernels import _check
 from neobert_kernels.patching import heads
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import (
+    Context,
     at,
     expect,
     layer_norm,
     refuse_attention_dropout,
+    rotated,
     run_pre_norm,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
@@ -97,14 +99,7 @@ def embed(base: Any, batch: Batch, tokens: Tensor, extras: dict[str, Tensor]) ->
 
 @replacement
 def layer_forward(
-    self: Any,
-    x: Tensor,
-    delta: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    rows: Tensor | None,
+    self: Any, x: Tensor, delta: Tensor | None, context: Context, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One block on packed tokens: ``x`` and ``delta``, both ``[T, C]``, to the next pair."""
     attn, mlp = self.attn, self.mlp
@@ -117,8 +112,10 @@ def layer_forward(
     # The module keeps the radius + 1, which is what flash attention's interface in transformers
     # expects; our window is the radius.
     window = None if attn.sliding_window is None else attn.sliding_window - 1
-    context = nk.qkv_attention(qkv, cu_seqlens, max_seqlen, cos=cos, sin=sin, window=window)
-    delta = attn.out_drop(attn.Wo(at(rows, context.flatten(1))))
+    mixed = nk.qkv_attention(
+        qkv, context.cu_seqlens, context.max_seqlen, cos=context.cos, sin=context.sin, window=window
+    )
+    delta = attn.out_drop(attn.Wo(at(rows, mixed.flatten(1))))
     u, x = layer_norm(self.mlp_norm, at(rows, x), delta)
     return x, mlp.Wo(mlp.drop(nk.geglu(mlp.Wi(u))))
 
@@ -129,17 +126,14 @@ def run(
     thetas = {kind: _theta(base, kind) for kind in _kinds(base)}
     size = base.config.hidden_size // base.config.num_attention_heads
     # One for each theta: mmBERT and Ettin have the same in both kinds of layers.
-    tables = {theta: nk.rope_table(batch.positions, size, theta) for theta in set(thetas.values())}
-
-    def context(layer: Any) -> tuple:
-        return (*tables[thetas[layer.attention_type]], batch.cu_seqlens, batch.max_seqlen)
+    contexts = {theta: rotated(batch, size, theta) for theta in set(thetas.values())}
 
     return run_pre_norm(
         base.layers,
         x,
         states,
         rows,
-        context=context,
+        context=lambda layer: contexts[thetas[layer.attention_type]],
         final_norm=lambda x, delta: layer_norm(base.final_norm, x, delta),
     )
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import neobert_kernels as nk
 from neobert_kernels.patching import heads
 from neobert_kernels.patching.batch import Batch
-from neobert_kernels.patching.blocks import at, expect, rms_norm, run_pre_norm
+from neobert_kernels.patching.blocks import Context, at, expect, rms_norm, rotated, run_pre_norm
 from neobert_kernels.patching.family import Family, Packed, replacement
 
 OPERATORS = (
@@ -40,36 +40,23 @@ def embed(base: Any, batch: Batch, tokens: Tensor, extras: dict[str, Tensor]) ->
 
 @replacement
 def layer_forward(
-    self: Any,
-    x: Tensor,
-    delta: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    rows: Tensor | None,
+    self: Any, x: Tensor, delta: Tensor | None, context: Context, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One block on packed tokens: ``x`` and ``delta``, both ``[T, C]``, to the next pair."""
-    return block(self, self.heads, x, delta, cos, sin, cu_seqlens, max_seqlen, rows)
-
-
-def block(
-    self: Any,
-    heads: int,
-    x: Tensor,
-    delta: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    rows: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    assert context.cos is not None
     norm = self.attention_norm
     u, x = rms_norm(norm.weight, norm.eps, x, delta)
-    qkv = self.qkv(u).unflatten(-1, (heads, 3, -1))
-    context = nk.qkv_attention(qkv, cu_seqlens, max_seqlen, cos=cos, sin=sin, interleaved=True)
+    qkv = self.qkv(u).unflatten(-1, (-1, 3, 2 * context.cos.shape[-1]))
+    mixed = nk.qkv_attention(
+        qkv,
+        context.cu_seqlens,
+        context.max_seqlen,
+        cos=context.cos,
+        sin=context.sin,
+        interleaved=True,
+    )
     norm = self.ffn_norm
-    u, x = rms_norm(norm.weight, norm.eps, at(rows, x), self.wo(at(rows, context.flatten(1))))
+    u, x = rms_norm(norm.weight, norm.eps, at(rows, x), self.wo(at(rows, mixed.flatten(1))))
     return x, self.ffn.w3(nk.swiglu(self.ffn.w12(u)))
 
 
@@ -77,8 +64,7 @@ def run(
     base: Any, x: Tensor, batch: Batch, states: list[Tensor] | None, rows: Tensor | None
 ) -> Tensor:
     head_size = base.config.hidden_size // base.config.num_attention_heads
-    cos, sin = nk.rope_table(batch.positions, head_size, base.config.rope_theta)
-    context = (cos, sin, batch.cu_seqlens, batch.max_seqlen)
+    context = rotated(batch, head_size, base.config.rope_theta)
     norm = base.layer_norm
     return run_pre_norm(
         base.transformer_encoder,

@@ -10,17 +10,15 @@ Source: Le Breton, Fournier, El Mezouar and Chandar 2025, arXiv:2502.19587; chan
 """
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-import neobert_kernels as nk
 from neobert_kernels import _check
 from neobert_kernels.patching import heads, neobert
 from neobert_kernels.patching.batch import Batch
-from neobert_kernels.patching.blocks import expect, rms_norm, run_pre_norm
-from neobert_kernels.patching.family import Family, Packed, replacement
+from neobert_kernels.patching.blocks import expect, rms_norm, rotated, run_pre_norm
+from neobert_kernels.patching.family import Family, Packed
 
 INPUTS = (
     "input_ids", "position_ids", "max_seqlen", "cu_seqlens", "attention_mask", "inputs_embeds",
@@ -45,7 +43,7 @@ def check(base: Any) -> None:
     if type(base.encoder) is not nn.Embedding:
         raise _check.error("model", "encoder to be Embedding", type(base.encoder).__name__)
     _expect_norm(base.layer_norm, "layer_norm", width)
-    for name, layer in layers(base):
+    for name, layer in neobert.layers(base):
         _expect_parts(layer, name, ("qkv", "wo", "ffn", "attention_norm", "ffn_norm"))
         _expect_linear(layer.qkv, f"{name}.qkv", width, 3 * width)
         _expect_linear(layer.wo, f"{name}.wo", width, width)
@@ -110,23 +108,11 @@ def _expect_feed_forward(module: Any, name: str, width: int) -> None:
     expect(module, cls, name)
 
 
-def layers(base: Any) -> Iterator[tuple[str, nn.Module]]:
-    return neobert.layers(base)
-
-
-@replacement
-def layer_forward(self: Any, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
-    """A block as our own model's; ``context`` is what `run` gives it."""
-    delta, count, *rest = context
-    return neobert.block(self, count, x, delta, *rest)
-
-
 def run(
     base: Any, x: Tensor, batch: Batch, states: list[Tensor] | None, rows: Tensor | None
 ) -> Tensor:
-    count = base.config.num_attention_heads
-    cos, sin = nk.rope_table(batch.positions, base.config.hidden_size // count, ROPE_THETA)
-    context = (count, cos, sin, batch.cu_seqlens, batch.max_seqlen)
+    head_size = base.config.hidden_size // base.config.num_attention_heads
+    context = rotated(batch, head_size, ROPE_THETA)
     unnormalized = []
 
     def final_norm(x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,8 +135,8 @@ FAMILY = Family(
     name="neobert_remote",
     operators=neobert.OPERATORS,
     check=check,
-    layers=layers,
-    layer_forward=layer_forward,
+    layers=neobert.layers,
+    layer_forward=neobert.layer_forward,
     what=neobert.FAMILY.what,
     embed=neobert.embed,
     run=run,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from neobert_kernels.patching import bert, heads
 from neobert_kernels.patching.batch import Batch
-from neobert_kernels.patching.blocks import at, expect, layer_norm, run_post_norm
+from neobert_kernels.patching.blocks import Context, at, expect, layer_norm, run_post_norm
 from neobert_kernels.patching.family import Family, replacement
 from neobert_kernels.patching.rotary import (
     attend,
@@ -55,18 +55,10 @@ def embed(base: Any, batch: Batch, tokens: Tensor, extras: dict[str, Tensor]) ->
 
 
 @replacement
-def layer_forward(
-    self: Any,
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    rows: Tensor | None,
-) -> Tensor:
+def layer_forward(self: Any, x: Tensor, context: Context, rows: Tensor | None) -> Tensor:
     """One block on packed tokens, ``[T, C]`` to ``[T, C]``, or to ``rows`` of it."""
-    context = attend(self.self_attn, x, cos, sin, cu_seqlens, max_seqlen)
-    delta = self.post_attention_dropout(self.self_attn.o_proj(at(rows, context)))
+    mixed = attend(self.self_attn, x, context)
+    delta = self.post_attention_dropout(self.self_attn.o_proj(at(rows, mixed)))
     x, _ = layer_norm(self.post_attention_layernorm, at(rows, x), delta)
     delta = self.post_mlp_dropout(feed_forward(self.mlp, x))
     return layer_norm(self.post_mlp_layernorm, x, delta)[0]
@@ -75,7 +67,7 @@ def layer_forward(
 def run(
     base: Any, x: Tensor, batch: Batch, states: list[Tensor] | None, rows: Tensor | None
 ) -> Tensor:
-    return run_post_norm(used_layers(base), x, states, rows, *table(base, batch))
+    return run_post_norm(used_layers(base), x, states, rows, table(base, batch))
 
 
 FAMILY = Family(

@@ -11,7 +11,13 @@ from torch import Tensor
 import neobert_kernels as nk
 from neobert_kernels import _check
 from neobert_kernels.patching.batch import Batch
-from neobert_kernels.patching.blocks import expect, heads_of, refuse_attention_dropout
+from neobert_kernels.patching.blocks import (
+    Context,
+    expect,
+    heads_of,
+    refuse_attention_dropout,
+    rotated,
+)
 
 
 def used_layers(base: Any) -> list[Any]:
@@ -37,26 +43,28 @@ def check_block(layer: Any, name: str, modeling: ModuleType, prefix: str) -> Non
     expect(layer.mlp.act_fn, type(activation), f"{name}.mlp.act_fn")
 
 
-def table(base: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
-    """What `attend` needs besides the hidden states."""
-    theta = base.config.rope_parameters["rope_theta"]
-    cos, sin = nk.rope_table(batch.positions, base.config.head_dim, theta)
-    return cos, sin, batch.cu_seqlens, batch.max_seqlen
+def table(base: Any, batch: Batch) -> Context:
+    return rotated(batch, base.config.head_dim, base.config.rope_parameters["rope_theta"])
 
 
-def attend(
-    attention: Any, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
-) -> Tensor:
+def attend(attention: Any, x: Tensor, context: Context) -> Tensor:
     """RoPE-attention before its output projection: ``[T, C]`` to ``[T, H * D]``."""
     refuse_attention_dropout(attention.training, attention.attention_dropout)
     q, k, v = (
         heads_of(project(x), attention.head_dim)
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    context = nk.attention(
-        q, k, v, cu_seqlens, max_seqlen, cos=cos, sin=sin, scale=attention.scaling
+    mixed = nk.attention(
+        q,
+        k,
+        v,
+        context.cu_seqlens,
+        context.max_seqlen,
+        cos=context.cos,
+        sin=context.sin,
+        scale=attention.scaling,
     )
-    return context.flatten(1)
+    return mixed.flatten(1)
 
 
 def feed_forward(mlp: Any, x: Tensor) -> Tensor:

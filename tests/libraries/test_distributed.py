@@ -35,6 +35,13 @@ def test_two_processes_have_the_mean_gradient(wrapper, found):
             assert difference <= 1e-5 * (grad.norm() + largest), (family, kind, name)
 
 
+@families
+def test_fsdp_in_mixed_precision_leaves_angles_in_float32(family, found):
+    expected = ranks.build(family, "mlm")(**ranks.batch(family, "mlm", 0)).loss
+    loss = found[family, "mlm", "bf16 loss"]
+    torch.testing.assert_close(loss.float(), expected.detach(), rtol=0.02, atol=0)
+
+
 def loss(model, family):
     torch.manual_seed(1)
     return model(**with_labels("mlm", *padded(family))).loss
