@@ -10,7 +10,7 @@ import pytest
 from timing import summarize
 
 from neobert.passages import standard_library_passages
-from neobert.pretraining.batches import Gather, MicroBatch, Planner, steps
+from neobert.pretraining.batches import CHUNK_EPOCHS, Gather, MicroBatch, Planner, steps
 from neobert.pretraining.prepare import prepare
 from neobert.pretraining.recipe import Batch, Data, Recipe
 from neobert.pretraining.store import Store
@@ -47,7 +47,8 @@ def test_data_path(
 ) -> None:
     """One process, one core: planning, gathering and masking, and how full the bins are."""
     settings = recipe(store, tokens=budget, masking=masking, workers=0)
-    wanted = (1 if quick else 8) * store.tokens
+    # Two whole chunks: in a part of one, the bin that stays unfilled would weigh too much.
+    wanted = 2 * CHUNK_EPOCHS * store.tokens
     rates: list[float] = []
     plan_rates: list[float] = []
     fills: list[float] = []
@@ -80,7 +81,8 @@ def test_data_path(
         planning_tokens_per_s=summarize(plan_rates).median_s,
         fill_share=fills[0],
     )
-    assert fills[0] > 0.99
+    if budget == 1024:  # a chunk of this store is only some 100 bins of 16,384
+        assert fills[0] > 0.99
 
 
 @pytest.mark.parametrize("workers", [1, 2])
