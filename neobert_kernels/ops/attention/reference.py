@@ -41,9 +41,11 @@ def attention_reference(
     parts = zip(*(x.split([b * n for b, n in runs]) for x in (q, k, v)), strict=True)
     outputs = []
     for (documents, length), part in zip(runs, parts, strict=True):
-        rows = [x.unflatten(0, (documents, length)) for x in part]
-        banded = window is not None and window < length - 1
-        out = _banded(*rows, window, scale) if banded else _attend(*rows, None, scale)
+        qs, ks, vs = (x.unflatten(0, (documents, length)) for x in part)
+        if window is not None and window < length - 1:
+            out = _banded(qs, ks, vs, window, scale)
+        else:
+            out = _attend(qs, ks, vs, None, scale)
         outputs.append(out.flatten(0, 1))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
 
