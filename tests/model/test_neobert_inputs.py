@@ -198,6 +198,7 @@ TWO: dict[str, Any] = {"cu_seqlens": torch.tensor([0, 2, 6]).int(), "max_seqlen"
         ({"input_ids": (2, 3), "past_key_values": object()}, "past_key_values: expected None"),
         ({"input_ids": (1, 6), **TWO, "max_seqlen": None}, "max_seqlen: expected the longest"),
         ({"input_ids": (1, 6), "max_seqlen": 6}, "cu_seqlens: expected the documents beside max_s"),
+        ({"input_ids": (1, 6), "max_length_q": 6}, "cu_seq_lens_q: expected the documents beside "),
         ({"input_ids": (1, 6), **TWO, "max_seqlen": 3}, "max_seqlen: expected at least"),
         (
             {"input_ids": (1, 6), "cu_seq_lens_q": TWO["cu_seqlens"].long(), "max_length_q": 4},

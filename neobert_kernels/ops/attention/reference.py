@@ -1,7 +1,8 @@
 """What attention means, in plain PyTorch: the CPU path and, in float64, the kernels' oracle."""
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from neobert_kernels.ops.rope import rope_reference
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would multiply in half precision, which no kernel does."""
+
+    @functools.wraps(function)
+    def call(first: Tensor, *rest: Any, **options: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *rest, **options)
+
+    return call
+
+
+@_without_autocast
 def attention_reference(
     q: Tensor,
     k: Tensor,
@@ -117,6 +130,7 @@ def qkv_attention_reference(
     return attention_reference(q, k, v, cu_seqlens, max_seqlen, **options)
 
 
+@_without_autocast
 def attention_reference_backward(
     dout: Tensor,
     q: Tensor,
