@@ -172,12 +172,12 @@ def _parts(
         if model.rotary:
             add("rope_table", 1, operators.rope_table(T, model.head_size))
     kind = f"{model.norm}_norm"
-    style = {"centered": model.norm == "layer", "bias": model.norm_bias}
+    style: dict[str, Any] = {"centered": model.norm == "layer", "bias": model.norm_bias}
     add(kind, 1, norm(T, C, e, added=False, **style))
     add(f"add_{kind}", 2 * L, norm(T, C, e, added=True, **style))
     for name, (inputs, outputs) in model.linears.items():
         add(f"Linear, {name}", L, linear(T, inputs, outputs, e, model.linear_bias))
-    options = {"kv_heads": model.kv_heads, "rotary": model.rotary}
+    options: dict[str, Any] = {"kv_heads": model.kv_heads, "rotary": model.rotary}
     H, D, everywhere = model.heads, model.head_size, model.global_layers
     add("attention", everywhere, attention(lengths, H, D, e, **options))
     if everywhere < L:
@@ -211,8 +211,8 @@ _BERT = Architecture(
     "bert-base", 12, 768, 12, 12, 64, 3072, 30_522, positions=512, types=2
 )  # fmt: skip
 _ROBERTA = replace(_BERT, name="roberta-base", vocabulary=50_265, positions=514, types=1)
-_LARGE = {"layers": 24, "width": 1024, "heads": 16, "kv_heads": 16, "inner": 4096}
-_BARE = {"norm_bias": False, "linear_bias": False, "rotary": True}
+_LARGE: dict[str, Any] = {"layers": 24, "width": 1024, "heads": 16, "kv_heads": 16, "inner": 4096}
+_BARE: dict[str, Any] = {"norm_bias": False, "linear_bias": False, "rotary": True}
 _MODERNBERT = Architecture(
     "modernbert-base", 22, 768, 12, 12, 64, 1152, 50_368, **_BARE, unit="geglu", window=64,
     global_every=3, transform_bias=False,

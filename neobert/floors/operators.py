@@ -119,7 +119,7 @@ def attention(
     lengths: Sequence[int], H: int, D: int, e: int, *, kv_heads: int | None = None,
     window: int | None = None, rotary: bool = False,
 ) -> Cost:  # fmt: skip
-    """q, k and v to the output and one float32 per row for the backward; RoPE's tables if inside."""
+    """q, k and v to the output and a float32 per row for the backward; RoPE's tables if inside."""
     T, scores = sum(lengths), H * pairs(lengths, window)
     moved = e * T * D * (2 * H + 2 * (kv_heads or H)) + FLOAT32 * T * (H + D * rotary)
     return Cost(moved, 4 * D * scores, scores, matrix=True)
