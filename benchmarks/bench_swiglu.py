@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import neobert_kernels as nk
+from neobert.floors import operators
 
 OPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = {
     "swiglu": (nk.swiglu, nk.swiglu_reference, F.silu),
@@ -44,7 +45,10 @@ def test_swiglu(
         reference,
         eager(activation),
         normal(1, 0, 2 * width),
-        moved=(3 * width, 8 * width),  # x of two widths to y; x and dy to dx
+        cost=lambda rows, e: (
+            operators.gated_unit(rows, width, e),
+            operators.gated_unit_backward(rows, width, e),
+        ),
         liger=liger(name),
         for_liger=halves,
     )

@@ -30,6 +30,16 @@ class Cost:
     def times(self, count: int) -> "Cost":
         return Cost(self.bytes * count, self.flop * count, self.special * count, self.matrix)
 
+    def plus(self, other: "Cost") -> "Cost":
+        """Both, one after the other, on the same kind of unit."""
+        assert self.matrix == other.matrix, "products and other arithmetic have different rates"
+        return Cost(
+            self.bytes + other.bytes,
+            self.flop + other.flop,
+            self.special + other.special,
+            self.matrix,
+        )
+
     def seconds(self, gpu: Gpu, dtype: str = "bfloat16") -> dict[str, float]:
         """Time that each unit of ``gpu`` needs; an operator takes at least the longest."""
         rate = gpu.flop_per_s(dtype) if self.matrix else gpu.float32_flop_per_s
@@ -165,16 +175,12 @@ def mean_pool(T: int, B: int, C: int, e: int) -> Cost:
 
 
 def mean_pool_backward(T: int, B: int, C: int, e: int) -> Cost:
+    """Also of first_pool, which writes zeros for every other token."""
     return Cost(e * C * (T + B) + FLOAT32 * (B + 1), T * C)
 
 
 def first_pool(B: int, C: int, e: int) -> Cost:
     return Cost(e * C * 2 * B + FLOAT32 * (B + 1))
-
-
-def first_pool_backward(T: int, B: int, C: int, e: int) -> Cost:
-    """Zeros for every other token."""
-    return Cost(e * C * (T + B) + FLOAT32 * (B + 1))
 
 
 def info_nce(N: int, M: int, C: int, e: int) -> Cost:
