@@ -4,7 +4,7 @@
     python recipes/cpu_smoke/run.py --texts FOLDER   # your .txt, .jsonl or .parquet files
 
 It cuts the texts into passages, trains a WordPiece tokenizer on them, and then runs the commands
-that it prints: ``neobert pretrain`` for the store, stage 1, stage 2 and the loss curves. Interrupted,
+that it prints: ``neobert pretrain`` for the store, both stages and the loss curves. Interrupted,
 it goes on where it was. Exit code 1 if the held-out accuracy is under 1.5 times the baseline's.
 """
 
