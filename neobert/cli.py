@@ -17,6 +17,7 @@ COMMANDS = {
     "encode": ("neobert.commands.encode", "embed a file, a folder or standard input"),
     "search": ("neobert.commands.search", "find the nearest texts in an encoded file"),
     "pretrain": ("neobert.commands.pretrain", "tokenise texts for pre-training"),
+    "finetune": ("neobert.commands.finetune", "fine-tune a model on a benchmark"),
     "aot": ("neobert_kernels.aot", "compile every kernel for a GPU without one"),
     "demo": ("neobert.demo", "embed real text, unpatched and patched, and compare"),
 }

@@ -44,6 +44,24 @@ class Classifier:
         return next(self.model.parameters()).device
 
 
+def classifier_config(folder: Path, patched: bool) -> Any:
+    """The config of a checkpoint that can carry a classification head.
+
+    Raises:
+        ValueError: The family is not supported (``patched``), or has no such head.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+
+    import neobert  # noqa: F401  (registers NeoBERT)
+
+    family = model_family(folder, patched)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None) is None:
+        rule = "a family with a sequence classification head in transformers"
+        raise ValueError(f"model: expected {rule}, got {family!r}")
+    return config
+
+
 def load_classifier(
     folder: Path,
     labels: Sequence[str],
@@ -72,17 +90,11 @@ def load_classifier(
             lacks weights of its encoder.
         OSError: A file cannot be read.
     """
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as KNOWN  # noqa: N811
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    import neobert  # noqa: F401  (registers NeoBERT)
+    from transformers import AutoModelForSequenceClassification
 
     family = model_family(folder, patched)
     source = head or folder
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
-    if KNOWN.get(type(config), None) is None:
-        rule = "a family with a sequence classification head in transformers"
-        raise ValueError(f"model: expected {rule}, got {family!r}")
+    config = classifier_config(source, patched)
     names = dict(enumerate(labels)) if labels else {0: "score"}
     config.id2label = names
     config.label2id = {name: i for i, name in names.items()}

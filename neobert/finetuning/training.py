@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,6 @@ from neobert.finetuning.classifier import Classifier
 from neobert.finetuning.schedule import Protocol, Setting, steps_of_epoch
 
 PRECISIONS = ("float32", "bfloat16")
-
-Judged = TypeVar("Judged")
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,9 @@ def fit(
         if not math.isfinite(mean_loss):
             done.stopped = "diverged"
             break
-        evaluation = Evaluation(done.steps, mean_loss, *_judged(model, judge))
+        model.eval()
+        evaluation = Evaluation(done.steps, mean_loss, *judge())
+        model.train()
         done.evaluations.append(evaluation)
         if _gains(evaluation, done.best):
             done.best, without_gain = evaluation, 0
@@ -160,15 +160,6 @@ def fit(
 def _all_batches(count: int, setting: Setting, protocol: Protocol) -> Iterator[np.ndarray]:
     for epoch in range(protocol.epochs):
         yield from shuffled(count, setting.batch_size, setting.seed, epoch)
-
-
-def _judged(model: Any, judge: Callable[[], Judged]) -> Judged:
-    """Judge in evaluation mode; the generator goes on as if nothing had happened."""
-    model.eval()
-    with torch.random.fork_rng():
-        result = judge()
-    model.train()
-    return result
 
 
 def _gains(evaluation: Evaluation, best: Evaluation | None) -> bool:

@@ -15,7 +15,7 @@ class Grid:
     lrs: tuple[float, ...]
     batch_sizes: tuple[int, ...]
     weight_decays: tuple[float, ...]
-    protocol: Protocol = Protocol()
+    protocol: Protocol
 
     def settings(self, seeds: Sequence[int] = (0,)) -> list[Setting]:
         """All points, those of the first seed first."""
@@ -25,6 +25,7 @@ class Grid:
 
 # A quick look rather than a comparison: fewer evaluations, which cost as much as the training where
 # the dev set is as large as a tenth of the epoch.
+_PROTOCOL = Protocol()
 _SHORT = Protocol(epochs=4, evaluations=2, patience=4)
 
 WIDTH = 768
@@ -34,8 +35,9 @@ PAPER = Grid(
     (5e-6, 6e-6, 8e-6, 1e-5, 2e-5, 3e-5),
     (2, 4, 8, 16, 32),
     (1e-2, 1e-5),
+    _PROTOCOL,
 )
-SMALL = Grid("3 learning rates x 2 batch sizes", (1e-5, 2e-5, 3e-5), (16, 32), (1e-2,))
+SMALL = Grid("3 learning rates x 2 batch sizes", (1e-5, 2e-5, 3e-5), (16, 32), (1e-2,), _PROTOCOL)
 ONE = Grid("one point, to see it work", (3e-5,), (16,), (1e-2,), _SHORT)
 
 GRIDS = {"paper": PAPER, "small": SMALL, "one": ONE}
