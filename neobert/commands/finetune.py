@@ -139,7 +139,8 @@ class _Job:
         from neobert.encode import find_device
         from neobert.finetuning.classifier import classifier_config
         from neobert.finetuning.glue.grid import make_grid
-        from neobert.loading import model_folder
+        from neobert.finetuning.glue.paper import NAMES
+        from neobert.loading import model_folder, model_name
 
         self.args = args
         self.devices = [find_device(name) for name in args.devices or [None]]
@@ -150,7 +151,7 @@ class _Job:
             torch.set_num_threads(args.threads)
         self.files = model_folder(args.model, args.revision)
         config = classifier_config(self.files, patched=not args.no_patch)
-        self.name = _name(args)
+        self.name = model_name(args.model, args.name or NAMES.get(args.model))
         self.output = Path(args.output or Path("glue") / args.grid)
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output: expected a folder, got the file {self.output}")
@@ -220,17 +221,6 @@ class _Job:
                 command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
         flags = ("no_patch", "no_transfer", "quiet")
         return command + [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
-
-
-def _name(args: argparse.Namespace) -> str:
-    from neobert.finetuning.glue.paper import NAMES
-
-    folder = Path(args.model)
-    name = args.name or NAMES.get(args.model)
-    name = name or (folder.resolve().name if folder.is_dir() else args.model)
-    if not name.strip() or name in (".", "..") or "\\" in name:
-        raise InputError(f"name: expected a name that a folder can have, got {name!r}")
-    return str(name)
 
 
 def _rate(text: str) -> float:
