@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from neobert.pretraining.ranks import Ranks
 from timing import Timing, interleaved, peak_memory
 from torch import Tensor, nn
 
@@ -26,7 +27,6 @@ from neobert.pretraining import objective, optimizer
 from neobert.pretraining.batches import Gather, MicroBatch, Plan
 from neobert.pretraining.packing import pack
 from neobert.pretraining.prepare import prepare
-from neobert.pretraining.ranks import Ranks
 from neobert.pretraining.recipe import Batch, Data, Train, read_recipe
 from neobert.pretraining.store import SPECIALS, Store
 from neobert.pretraining.utilisation import model_flops_per_token, peak_flops, utilisation
