@@ -35,7 +35,7 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fals
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = cos.to(wide.dtype)[:, None], sin.to(wide.dtype)[:, None]
     a, b = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
-    pair = (a * cos - b * sin, a * sin + b * cos)
+    pair = (torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin))
     turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
     return turned.to(x.dtype)
 

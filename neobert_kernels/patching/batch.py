@@ -111,7 +111,7 @@ def boundaries(
     first: int,
 ) -> tuple[Tensor, int] | None:
     """``(cu_seqlens, max_seqlen)`` of an input ``[1, T, ..]`` that the caller packed, else None."""
-    found, names = _given_boundaries(kwargs)
+    found, names = given_boundaries(kwargs)
     if found is not None:
         if len(tokens) != 1:
             raise _check.error("input_ids", "one row when packed", f"{len(tokens)} rows")
@@ -169,7 +169,7 @@ _PAIRS = (("cu_seq_lens_q", "max_length_q"), ("cu_seqlens", "max_seqlen"))
 _KEYS = ("cu_seq_lens_k", "max_length_k")
 
 
-def _given_boundaries(
+def given_boundaries(
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Tensor, int] | None, tuple[str, str]]:
     """The one pair of boundaries and length in ``kwargs``, with its names; all are taken out."""

@@ -44,7 +44,7 @@ def attention_reference(
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v, dtype = q.to(wide), k.to(wide), v.to(wide), q.dtype
     if cos is not None and sin is not None:
-        q, k = rope_reference(q, cos, sin, interleaved), rope_reference(k, cos, sin, interleaved)
+        q, k = _turned(q, cos, sin, interleaved), _turned(k, cos, sin, interleaved)
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     runs = _runs(cu_seqlens.tolist())
@@ -61,6 +61,18 @@ def attention_reference(
             out = _attend(qs, ks, vs, None, scale)
         outputs.append(out.flatten(0, 1))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`rope_reference`; neighbouring pairs as complex numbers, in one pass instead of seven."""
+    if not interleaved:
+        return rope_reference(x, cos, sin)
+    steps = (*x.stride()[:-1], x.storage_offset())
+    if x.stride(-1) != 1 or any(step % 2 for step in steps):  # a complex number has no view then
+        x = x.clone(memory_format=torch.contiguous_format)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    angles = torch.complex(cos.to(x.dtype), sin.to(x.dtype))
+    return torch.view_as_real(pairs * angles[:, None]).flatten(-2)
 
 
 def _runs(bounds: list[int]) -> list[tuple[int, int]]:
@@ -80,7 +92,7 @@ class _Block(NamedTuple):
 
     queries: slice
     keys: slice
-    mask: Tensor  # [queries, keys] bool, whether a key is within reach
+    mask: Tensor  # [queries, keys], added to the scores: -inf where a key is out of reach
 
 
 SMALLEST_PIECE = 64  # shorter blocks leave the matrix products too little work
@@ -91,21 +103,24 @@ def _piece(window: int) -> int:
     return max(window, SMALLEST_PIECE)
 
 
-def _blocks(length: int, window: int, device: torch.device) -> Iterator[_Block]:
+def _blocks(like: Tensor, length: int, window: int) -> Iterator[_Block]:
     """A document in blocks of two pieces, each beside a piece of keys to its left and right.
 
-    So work and memory grow with ``length * window``, not with the square of the length.
+    So work and memory grow with ``length * window``, not with the square of the length. Masks have
+    the dtype and device of ``like``.
     """
     piece = _piece(window)
     left = piece if length > 2 * piece else 0
-    i = torch.arange(min(2 * piece, length), device=device)
-    j = torch.arange(-left, min(3 * piece, length), device=device)
-    near = (i[:, None] - j).abs() <= window
+    i = torch.arange(min(2 * piece, length), device=like.device)
+    j = torch.arange(-left, min(3 * piece, length), device=like.device)
+    far = (i[:, None] - j).abs() > window
+    masks = torch.zeros(far.shape, dtype=like.dtype, device=like.device)
+    masks.masked_fill_(far, -torch.inf)
     for first in range(0, length, 2 * piece):
         queries = slice(first, min(first + 2 * piece, length))
         keys = slice(max(first - piece, 0), min(first + 3 * piece, length))
         skipped = left + keys.start - first
-        mask = near[: queries.stop - first, skipped : skipped + keys.stop - keys.start]
+        mask = masks[: queries.stop - first, skipped : skipped + keys.stop - keys.start]
         yield _Block(queries, keys, mask)
 
 
@@ -115,7 +130,7 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -
     pieces = [x.split(piece, dim=1) for x in (k, v)]
     queries = q.split(2 * piece, dim=1)
     outputs = []
-    for own, block in zip(queries, _blocks(length, window, q.device), strict=True):
+    for own, block in zip(queries, _blocks(q, length, window), strict=True):
         near = slice(block.keys.start // piece, -(-block.keys.stop // piece))
         keys, values = (torch.cat(x[near], dim=1) for x in pieces)
         outputs.append(_attend(own, keys, values, block.mask, scale))
@@ -167,7 +182,7 @@ def attention_reference_backward(
         everything = slice(0, length)
         blocks: Iterable[tuple[slice, slice, Tensor | None]] = [(everything, everything, None)]
         if window is not None and window < length - 1:
-            blocks = _blocks(length, window, q.device)
+            blocks = _blocks(qs, length, window)
         for queries, near, mask in blocks:
             inputs = qs[:, :, queries], ks[:, :, near], vs[:, :, near], douts[:, :, queries]
             found = _block_backward(*inputs, mask, scale)
@@ -185,7 +200,7 @@ def _block_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     scores = q @ k.transpose(-1, -2) * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores + mask
     p = scores.softmax(-1)
     dp = dout @ v.transpose(-1, -2)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
