@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import neobert_kernels as nk
+from neobert.floors import operators
 
 Unit = Callable[..., Tensor]
 # Ours, the contract, the activation, and liger-kernel's name for it.
@@ -46,7 +47,10 @@ def subject(name: str, width: int) -> Subject:
         reference,
         (of_one if packed else of_two)(activation),
         normal(1, 0, 2 * width) if packed else normal(2, 0, width),
-        moved=(3 * width, 8 * width),  # gate and value to y; they and dy to their gradients
+        cost=lambda rows, e: (
+            operators.gated_unit(rows, width, e),
+            operators.gated_unit_backward(rows, width, e),
+        ),
         liger=liger(theirs),
         for_liger=halves if packed else list,
     )

@@ -124,6 +124,18 @@ def positive(name: str, value: float, *, zero: bool = False) -> None:
         )
 
 
+def within(name: str, value: Tensor, size: int, ignored: int | None = None) -> None:
+    """Indices into ``size`` things, or ``ignored``; looked at on a CPU only."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = (value < 0) | (value >= size)
+    if ignored is not None:
+        outside &= value != ignored
+    if outside.any():
+        rule = f"values in 0..{size - 1}" + ("" if ignored is None else f" or {ignored}")
+        raise error(name, rule, int(value[outside][0]))
+
+
 def flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise error(name, "True or False", repr(value))

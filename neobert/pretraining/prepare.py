@@ -24,7 +24,8 @@ from neobert.commands.progress import Progress
 from neobert.inputs import Source
 from neobert.loading import load_tokenizer, tokenizer_folder
 from neobert.outputs import OutputError
-from neobert.pretraining.recipe import Data, error
+from neobert.pretraining.recipe import Data
+from neobert.pretraining.rules import error
 from neobert.pretraining.sources import DatasetSource, open_documents, pieces, texts
 from neobert.pretraining.store import (
     HISTOGRAM,

@@ -15,17 +15,14 @@ from typing import Any
 
 import yaml
 
-from neobert.readers import InputError, one_line
+from neobert.pretraining.rules import at_least, error, one_of
+from neobert.readers import one_line
 
 LAYOUTS = ("packed", "padded")
 MASKINGS = ("mask", "bert")
 SHORTEST = 3  # [CLS], one token, [SEP]
 
 _KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-
-
-def error(name: str, rule: str, value: object) -> InputError:
-    return InputError(f"{name}: expected {rule}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,10 @@ class Data:
             raise error("data.store", "a folder for the tokenised documents", "none")
         if self.errors not in ("strict", "replace"):
             raise error("data.errors", "'strict' or 'replace'", repr(self.errors))
-        _at_least("data.shard_tokens", self.shard_tokens, 1)
-        _at_least("data.held_out", self.held_out, 0)
+        at_least("data.shard_tokens", self.shard_tokens, 1)
+        at_least("data.held_out", self.held_out, 0)
         if self.documents is not None:
-            _at_least("data.documents", self.documents, 1)
+            at_least("data.documents", self.documents, 1)
         if self.dataset is None:
             for name in ("subset", "revision"):
                 if getattr(self, name) is not None:
@@ -114,24 +111,20 @@ class Batch:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
-        _at_least("batch.max_length", self.max_length, SHORTEST)
+        at_least("batch.max_length", self.max_length, SHORTEST)
         if self.tokens < self.max_length:
             raise error(
                 "batch.tokens",
                 f"at least batch.max_length ({self.max_length}), the longest sequence",
                 self.tokens,
             )
-        _at_least("batch.bins", self.bins, 1)
-        _at_least("batch.workers", self.workers, 0)
-        _at_least("batch.prefetch", self.prefetch, 1)
+        at_least("batch.bins", self.bins, 1)
+        at_least("batch.workers", self.workers, 0)
+        at_least("batch.prefetch", self.prefetch, 1)
         if not 0 <= self.seed < 1 << 64:
             raise error("batch.seed", "0 to 2**64 - 1", self.seed)
-        for name, value, known in (
-            ("layout", self.layout, LAYOUTS),
-            ("masking", self.masking, MASKINGS),
-        ):
-            if value not in known:
-                raise error(f"batch.{name}", " or ".join(map(repr, known)), repr(value))
+        one_of("batch.layout", self.layout, LAYOUTS)
+        one_of("batch.masking", self.masking, MASKINGS)
         if not 0 < self.mask_rate < 1:
             raise error("batch.mask_rate", "a number between 0 and 1", self.mask_rate)
         for name, chance in self.views.items():
@@ -168,19 +161,39 @@ def view_minimum(name: str) -> int:
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe file with ``section.key=value`` changes; a value is YAML.
 
+    ``extends: other.yaml`` takes what the file does not set from another one beside it.
+
     Raises:
         InputError: Not YAML, an unknown key, or a value that breaks a rule.
         OSError: The file cannot be read.
     """
-    content = _yaml(Path(path).read_text("utf-8"), str(path))
-    if not isinstance(content, dict):
-        raise error(str(path), "sections with keys (a mapping)", type(content).__name__)
+    content = _sections(Path(path))
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:
             raise error("override", "key=value", repr(override))
         _set(content, name, _yaml(text, name))
     return build(Recipe, content, "")
+
+
+def _sections(path: Path, over: tuple[Path, ...] = ()) -> dict[Any, Any]:
+    """A file's sections, over those of the file that it extends, key by key."""
+    content = _yaml(path.read_text("utf-8"), str(path))
+    if not isinstance(content, dict):
+        raise error(str(path), "sections with keys (a mapping)", type(content).__name__)
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise error(f"{path}: extends", "a file name", _shown(base))
+    other, over = path.parent / base, (*over, path.resolve())
+    if other.resolve() in over:
+        raise error(f"{path}: extends", "a file that does not lead back here", base)
+    found = _sections(other, over)
+    for name, section in content.items():
+        both = isinstance(section, dict) and isinstance(found.get(name), dict)
+        found[name] = {**found[name], **section} if both else section
+    return found
 
 
 def build(kind: type, content: object, name: str) -> Any:
@@ -256,8 +269,3 @@ def _yaml(text: str, name: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as problem:
         raise error(name, "YAML", one_line(problem)) from None
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise error(name, f"at least {least}", value)

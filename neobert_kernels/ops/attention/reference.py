@@ -2,8 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,32 +47,79 @@ def attention_reference(
         q, k = rope_reference(q, cos, sin, interleaved), rope_reference(k, cos, sin, interleaved)
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    outputs = []
-    for start, documents, length in _runs(cu_seqlens.tolist()):
-        rows = slice(start, start + documents * length)
-        qs, ks, vs = (x[rows].unflatten(0, (documents, length)).transpose(1, 2) for x in (q, k, v))
-        mask = None
-        if window is not None and window < length - 1:
-            i = torch.arange(length, device=q.device)
-            mask = (i[:, None] - i).abs() <= window
-        out = scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, scale=scale)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    if not outputs:  # empty, and yet it depends on all three
+    runs = _runs(cu_seqlens.tolist())
+    if not runs:  # empty, and yet it depends on all three
         return (q * (k.sum() + v.sum())).to(dtype)
+    # A split has one backward; slices would each write a gradient of all tokens.
+    parts = zip(*(x.split([b * n for b, n in runs]) for x in (q, k, v)), strict=True)
+    outputs = []
+    for (documents, length), part in zip(runs, parts, strict=True):
+        qs, ks, vs = (x.unflatten(0, (documents, length)) for x in part)
+        if window is not None and window < length - 1:
+            out = _banded(qs, ks, vs, window, scale)
+        else:
+            out = _attend(qs, ks, vs, None, scale)
+        outputs.append(out.flatten(0, 1))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
 
 
-def _runs(bounds: list[int]) -> list[tuple[int, int, int]]:
-    """``(first token, documents, length)`` of each run of neighbours of one length; no empties."""
-    runs: list[tuple[int, int, int]] = []
-    for low, high in itertools.pairwise(bounds):
-        length = high - low
-        if runs and runs[-1][2] == length:
-            start, documents, _ = runs[-1]
-            runs[-1] = (start, documents + 1, length)
-        elif length:
-            runs.append((low, 1, length))
-    return runs
+def _runs(bounds: list[int]) -> list[tuple[int, int]]:
+    """``(documents, length)`` of each run of neighbours of one length, in order; no empties."""
+    lengths = (high - low for low, high in itertools.pairwise(bounds))
+    return [(len(list(run)), n) for n, run in itertools.groupby(filter(None, lengths))]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """``[B, queries, H, D]`` over ``[B, keys, H, D]``."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+class _Block(NamedTuple):
+    """Some queries of a document, and the keys that hold all within their reach."""
+
+    queries: slice
+    keys: slice
+    mask: Tensor  # [queries, keys] bool, whether a key is within reach
+
+
+SMALLEST_PIECE = 64  # shorter blocks leave the matrix products too little work
+
+
+def _piece(window: int) -> int:
+    """Keys are cut into pieces of this length; a window reaches no further than one of them."""
+    return max(window, SMALLEST_PIECE)
+
+
+def _blocks(length: int, window: int, device: torch.device) -> Iterator[_Block]:
+    """A document in blocks of two pieces, each beside a piece of keys to its left and right.
+
+    So work and memory grow with ``length * window``, not with the square of the length.
+    """
+    piece = _piece(window)
+    left = piece if length > 2 * piece else 0
+    i = torch.arange(min(2 * piece, length), device=device)
+    j = torch.arange(-left, min(3 * piece, length), device=device)
+    near = (i[:, None] - j).abs() <= window
+    for first in range(0, length, 2 * piece):
+        queries = slice(first, min(first + 2 * piece, length))
+        keys = slice(max(first - piece, 0), min(first + 3 * piece, length))
+        skipped = left + keys.start - first
+        mask = near[: queries.stop - first, skipped : skipped + keys.stop - keys.start]
+        yield _Block(queries, keys, mask)
+
+
+def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
+    """Attention within a window on ``[B, length, H, D]``, block by block."""
+    length, piece = q.shape[1], _piece(window)
+    pieces = [x.split(piece, dim=1) for x in (k, v)]
+    queries = q.split(2 * piece, dim=1)
+    outputs = []
+    for own, block in zip(queries, _blocks(length, window, q.device), strict=True):
+        near = slice(block.keys.start // piece, -(-block.keys.stop // piece))
+        keys, values = (torch.cat(x[near], dim=1) for x in pieces)
+        outputs.append(_attend(own, keys, values, block.mask, scale))
+    return torch.cat(outputs, dim=1)
 
 
 def qkv_attention_reference(
@@ -109,24 +156,37 @@ def attention_reference_backward(
     shared = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(shared, dim=1) for x in (turned[1], v.to(wide)))
     grads = [torch.zeros_like(x) for x in (turned[0], keys, values)]
-    for start, documents, length in _runs(cu_seqlens.tolist()):
-        rows = slice(start, start + documents * length)
-        qs, ks, vs, douts = (
+    first = 0
+    for documents, length in _runs(cu_seqlens.tolist()):
+        rows = slice(first, first + documents * length)
+        first = rows.stop
+        qs, ks, vs, douts, *slots = (
             x[rows].unflatten(0, (documents, length)).transpose(1, 2)
-            for x in (turned[0], keys, values, dout.to(wide))
+            for x in (turned[0], keys, values, dout.to(wide), *grads)
         )
-        scores = qs @ ks.transpose(-1, -2) * scale
-        if window is not None:
-            i = torch.arange(length, device=q.device)
-            scores = scores.masked_fill((i[:, None] - i).abs() > window, -torch.inf)
-        p = scores.softmax(-1)
-        dp = douts @ vs.transpose(-1, -2)
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        found = (ds @ ks, ds.transpose(-1, -2) @ qs, p.transpose(-1, -2) @ douts)
-        for grad, x in zip(grads, found, strict=True):
-            grad[rows] = x.transpose(1, 2).flatten(0, 1)
+        everything = slice(0, length)
+        blocks: Iterable[tuple[slice, slice, Tensor | None]] = [(everything, everything, None)]
+        if window is not None and window < length - 1:
+            blocks = _blocks(length, window, q.device)
+        for queries, near, mask in blocks:
+            inputs = qs[:, :, queries], ks[:, :, near], vs[:, :, near], douts[:, :, queries]
+            found = _block_backward(*inputs, mask, scale)
+            for slot, where, grad in zip(slots, (queries, near, near), found, strict=True):
+                slot[:, :, where] += grad
     dq, dk, dv = grads
     dk, dv = (x.unflatten(1, (-1, shared)).sum(2) for x in (dk, dv))
     if cos is not None and sin is not None:
         dq, dk = (rope_reference(x, cos, -sin, interleaved) for x in (dq, dk))
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def _block_backward(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores = q @ k.transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    p = scores.softmax(-1)
+    dp = dout @ v.transpose(-1, -2)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dout
