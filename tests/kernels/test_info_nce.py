@@ -112,6 +112,14 @@ def test_a_low_temperature_magnifies_no_rounding(common, seed, temperature, devi
     compare(*(x + shared for x in make(5, 9, 384, device)), temperature)
 
 
+@pytest.mark.parametrize("C", [16, 40])
+def test_few_channels_at_a_low_temperature(C, device):
+    """With one block of float32 products, seed 11 leaves the budget at 16 channels."""
+    for seed in (11, 12):
+        torch.manual_seed(seed)
+        compare(*make(5, 9, C, device), 0.01)
+
+
 def alike(seed, device):
     """Vectors that share most of their direction: cosines of 0.7 and differences of 0.05."""
     torch.manual_seed(seed)
