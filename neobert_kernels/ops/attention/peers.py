@@ -177,7 +177,8 @@ def _attend(
     interleaved: bool = False,
     window: int | None = None,
     scale: float | None = None,
-    lengths: Sequence[int] | None = None,
+    *,
+    lengths: Sequence[int] | None,
 ) -> Tensor:
     peer, kind = PEERS[name], q.device.type
     reason = missing(name, q.device)
