@@ -18,6 +18,7 @@ from attention_cases import (
     runs_kernel,
     table,
 )
+from covering import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity import assert_parity, assert_within_budget, outputs_and_gradients
@@ -76,7 +77,7 @@ def test_longer_documents(dtype, window):
 
 
 @settings(
-    deadline=None, max_examples=12 if _runtime.INTERPRET else 30, derandomize=True,
+    deadline=None, max_examples=examples(24), derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(st.lists(st.integers(0, 40), max_size=7), st.sampled_from([None, 1, 2, 20]))
