@@ -140,7 +140,8 @@ def measure(checkout: Path, results: Path, seconds: float, quick: bool) -> str:
     command += ["-p", "no:cacheprovider", "--results", str(results)]
     command += [part for suite in SUITES for part in ("--suite", suite)]
     command += ["--deadline-s", str(seconds)] + ["--quick"] * quick
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p != str(ROOT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(checkout), *others])}
     done = subprocess.run(
         command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,

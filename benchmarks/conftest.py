@@ -19,6 +19,7 @@ from timing import Timing
 
 RESULTS = pytest.StashKey[list[dict[str, Any]]]()
 JOURNAL = pytest.StashKey[evidence.Journal]()
+ALL_DONE = pytest.StashKey[bool]()
 BEGAN = pytest.StashKey[float]()
 COMMITTED = evidence.ROOT / "benchmarks" / "results"
 # Parameters that options pick from, under all the names that benchmarks give them.
@@ -67,6 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = _pick(config, option, known, chosen, functools.partial(_parameters, names=names))
     done = config.stash[JOURNAL].done if JOURNAL in config.stash else set()
     fresh = [item for item in chosen if item.nodeid not in done]
+    config.stash[ALL_DONE] = bool(chosen) and not fresh
     config.hook.pytest_deselected(items=[item for item in items if item not in set(fresh)])
     items[:] = sorted(fresh, key=_importance)
 
@@ -114,6 +116,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         journal = session.config.stash[JOURNAL]
         if journal.results or journal.not_reached:
             journal.write()
+    if session.config.stash.get(ALL_DONE, False):
+        session.exitstatus = pytest.ExitCode.OK  # a resumed run that had nothing left to do
 
 
 def pytest_terminal_summary(

@@ -4,8 +4,8 @@ python benchmarks/gpu_test.py --output build/gpu
 
 Stages are processes of their own; each ends by the deadline, and what was not reached is listed.
 ``gpu-test.json`` in the output folder is rewritten after every stage, ``gpu-test.log`` has what
-they printed. A second run goes on with the stages that the same code has not passed yet. Exit code 1 if
-a stage failed, 0 otherwise, also where some were not reached.
+they printed. A second run goes on with the stages that the same code has not passed yet. The exit
+code is 1 if a stage failed and 0 otherwise, also where some were not reached.
 """
 
 import argparse
