@@ -8,7 +8,7 @@ tokens. An optimizer step has as many micro-batches as its documents need.
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def test_pretrain_cpu(
     recipe = read_recipe(SMOKE)
     store = docstrings(tmp_path, 60 if quick else None)
     shape = {**recipe.model.shape, "vocab_size": store.vocabulary.size}
-    config = NeoBERTConfig(**shape, **({"num_hidden_layers": 1} if quick else {}))
+    config = NeoBERTConfig(**(shape | ({"num_hidden_layers": 1} if quick else {})))
     documents = np.arange(min(len(store), 600))  # the store's order is random already
     micro_batches = {
         layout: real(store, documents, Batch(**{**vars(recipe.batch), "layout": layout}))
@@ -103,7 +103,7 @@ def compare(
     name: str,
     config: NeoBERTConfig,
     variants: dict[str, Variant],
-    micro_batches: dict[str, list[MicroBatch]],
+    micro_batches: Mapping[str, Sequence[MicroBatch]],
     quick: bool,
     device: str,
     once: Callable[..., Any],
@@ -191,7 +191,9 @@ def training_step(
     return call
 
 
-def parity(config: NeoBERTConfig, micro_batches: dict[str, list[MicroBatch]], device: str) -> float:
+def parity(
+    config: NeoBERTConfig, micro_batches: Mapping[str, Sequence[MicroBatch]], device: str
+) -> float:
     """Distance of our loss from float64 on the first documents, within twice the padded model's."""
     small = NeoBERTConfig(**{**config.to_dict(), "num_hidden_layers": 2})
     first = micro_batches["padded"][0]
@@ -257,10 +259,8 @@ def docstrings(folder: Path, count: int | None) -> Store:
 def real(store: Store, documents: np.ndarray, batch: Batch) -> list[MicroBatch]:
     """Documents of a store in a recipe's layout, masked; in both layouts alike."""
     lengths = np.minimum(store.lengths(documents) + SPECIALS, batch.max_length)
-    order, bounds = (
-        np.arange(len(documents)),
-        [*range(0, len(documents), batch.rows), len(documents)],
-    )
+    order = np.arange(len(documents))
+    bounds = np.r_[np.arange(0, len(order), batch.rows), len(order)]
     if batch.layout == "packed":
         order, bounds = pack(lengths, batch.tokens)
     gather = Gather(store, batch)

@@ -90,7 +90,7 @@ def model_family(folder: Path, patched: bool) -> str:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """No bar per tensor and no load report: what is wrong with a checkpoint becomes an error."""
     from transformers.utils import logging
 
@@ -111,7 +111,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     import neobert  # noqa: F401  (registers NeoBERT)
     from neobert import checkpoint
 
-    with _quiet_loading(), checkpoint.readable(folder):
+    with quiet_loading(), checkpoint.readable(folder):
         model, info = AutoModel.from_pretrained(
             folder,
             dtype=dtype,
