@@ -1,11 +1,15 @@
 """Small pre-training runs, also in processes of their own, which can be killed."""
 
+import functools
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,7 @@ from neobert.pretraining.run import train
 from neobert.pretraining.schedule import Schedule
 from neobert.pretraining.store import Store
 
-# Every process begins with the imports done: a start costs milliseconds, and no thread is copied.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["training_runs", "neobert.heads", "transformers"])
 
 
 def counting_texts(count: int = 400, seed: int = 0) -> list[str]:
@@ -72,7 +74,20 @@ def weights(folder: Path | str) -> bytes:
     return (Path(folder) / "model.safetensors").read_bytes()
 
 
+@functools.cache
+def _serve() -> None:
+    """Let processes begin with the imports done: a start costs milliseconds then."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    _processes.set_forkserver_preload(["training_runs", "neobert.heads", "transformers"])
+    forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
 def start(target: Callable[..., None], *arguments: Any) -> Any:
+    _serve()
     process = _processes.Process(target=_alone, args=(target, *arguments))
     process.start()
     return process
@@ -94,18 +109,19 @@ def run(recipe: Recipe, resume: bool = False) -> None:
     train(recipe, resume=resume, quiet=True)
 
 
-def run_slowly(recipe: Recipe, resume: bool = False) -> None:
-    """At a pace that leaves time to be hit anywhere."""
-    import time
+def die_at_call(recipe: Recipe, number: int, resume: bool = False) -> None:
+    """Killed at its call of this number, of Python's or C's functions in any thread."""
+    calls = itertools.count(1)
 
-    real = os.fsync
+    def called(frame: Any, event: str, argument: Any) -> None:
+        if event.endswith("call") and next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def fsync(descriptor: int) -> None:
-        time.sleep(0.003)
-        real(descriptor)
-
-    os.fsync = fsync
+    threading.setprofile(called)
+    sys.setprofile(called)
     run(recipe, resume)
+    sys.setprofile(None)
+    (Path(recipe.train.run) / "calls").write_text(str(next(calls)))
 
 
 def die_at_fsync(recipe: Recipe, number: int) -> None:

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, counting: Any, tokenizer: Pa
     """The run without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     recipe = runs.recipe_of(counting, tokenizer, folder / "run")
-    assert runs.finish(runs.start(runs.run, recipe)) == 0
+    assert runs.finish(runs.start(runs.die_at_call, recipe, 0)) == 0
     return folder / "run"
 
 
@@ -39,14 +38,13 @@ def goes_on_as(whole: Path, recipe: Recipe) -> None:
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     small: Small, whole: Path
 ) -> None:
-    recipe = small(checkpoint={"every": 1})
-    draw = random.Random()
-    waits = [draw.uniform(0.05, 0.6) for _ in range(4)]
-    for number, seconds in enumerate(waits):
-        process = runs.start(runs.run_slowly, recipe, number > 0)
-        time.sleep(seconds)
-        process.kill()
-        assert runs.finish(process) in (KILLED, 0), waits
+    recipe = small()
+    calls = int((whole / "calls").read_text())
+    # From a third on: what comes before is imports and the first step.
+    moments = [random.Random().randrange(calls // 3, calls) for _ in range(4)]
+    for number, moment in enumerate(moments):
+        process = runs.start(runs.die_at_call, recipe, moment, number > 0)
+        assert runs.finish(process) in (KILLED, 0), moments
     goes_on_as(whole, recipe)
 
 
