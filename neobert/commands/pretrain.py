@@ -23,6 +23,9 @@ folder is train.run, the trained model is in its final/.
 Settings of the recipe are changed by key=value, with dotted keys and YAML values:
     neobert pretrain recipe.yaml data.path=texts/ data.store=runs/tokens train.run=runs/first
 
+With --plot: loss curves of one or several runs over tokens; a second stage continues the first.
+    neobert pretrain --plot runs/stage1 runs/stage2 --output loss.png
+
 --prepare only tokenises; a killed one is resumed by the same command. Several processes need a
 store that is finished. SIGTERM or Ctrl-C saves and ends; the exit code is then 128 + the signal.
 """
@@ -35,7 +38,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a .yaml file")
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a .yaml file")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument("--prepare", action="store_true", help="tokenise only")
     parser.add_argument("--resume", action="store_true", help="go on with the run in train.run")
@@ -48,11 +51,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--verify", action="store_true", help="compare the checksums of a finished store"
     )
+    parser.add_argument(
+        "--plot", nargs="+", metavar="RUN", help="draw the loss curves of run folders, no training"
+    )
+    parser.add_argument(
+        "--output", metavar="PNG", help="the picture of --plot (default: loss.png in the last RUN)"
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.plot:
+        return draw(args)
+    if args.output is not None:
+        raise InputError(f"output: expected none without --plot, got {args.output}")
+    if args.recipe is None:
+        raise InputError("pretrain: expected a RECIPE, got none")
     recipe = read_recipe(args.recipe, args.changes)
     if not args.prepare:
         return _train(recipe, args)
@@ -65,6 +80,18 @@ def run(args: argparse.Namespace) -> int:
         print(counts(store))
         print(lengths(store))
         print(views(store, recipe))
+    return 0
+
+
+def draw(args: argparse.Namespace) -> int:
+    """``--plot``: of several runs the picture goes to the last one's folder."""
+    from neobert.pretraining.plot import plot
+
+    if args.recipe is not None:
+        raise InputError(f"plot: expected run folders only, got RECIPE {args.recipe}")
+    picture = plot(args.plot, args.output or Path(args.plot[-1]) / "loss.png")
+    if not args.quiet:
+        print(picture)
     return 0
 
 

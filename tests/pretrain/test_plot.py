@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from neobert.cli import main
 from neobert.pretraining import log
 from neobert.pretraining.plot import curves, plot, smoothed
 from neobert.readers import InputError
@@ -81,6 +82,32 @@ def test_the_picture_is_a_png_of_all_runs(evaluated: bool, tmp_path: Path) -> No
     width, height = struct.unpack(">II", content[16:24])
     assert (width > 2 * height) is evaluated  # two panels
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "loss.png", "second"]
+
+
+def test_the_command_draws_into_the_last_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    folders = [str(write_run(tmp_path / name)) for name in ("a", "b")]
+    assert main(["pretrain", "--plot", *folders]) == 0
+    assert Path(capsys.readouterr().out.strip()) == tmp_path / "b" / "loss.png"
+    assert main(["pretrain", "--plot", folders[0], "--output", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe.yaml", "--plot", "a"], "plot: expected run folders only, got RECIPE recipe.yaml"),
+        (["recipe.yaml", "--output", "a.png"], "output: expected none without --plot, got a.png"),
+        ([], "pretrain: expected a RECIPE, got none"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pretrain", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path: Path) -> None:
