@@ -175,7 +175,7 @@ def _publish(
     if not ranks.main:
         return
     partial = final.with_name(f"{final.name}.partial")
-    with writing(final, checkpoints_of(recipe)):
+    with writing(final, checkpoints_of(recipe)), quiet_loading():
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial, state_dict=tensors)
         tokenizer.model_max_length = model.config.max_length
