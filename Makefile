@@ -2,12 +2,14 @@
 #
 #   make demo      set up .venv, embed real text unpatched and patched, compare   (TEXTS=300, TEXTS=all)
 #   make test      everything that needs no GPU: lint, tests, interpreter, builds for GPUs, oldest stack
+#   make cpu-smoke pre-train a small NeoBERT on a CPU, both stages, in minutes      (RUN=folder)
 #   make gpu-test  the same tests with the kernels on this machine's GPU
 
 PYTHON ?= python3
 VENV   ?= .venv
 COMPAT ?= .venv-compat
 TEXTS  ?= 3000
+RUN    ?= runs/cpu_smoke
 JOBS   ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores > 8 ? 8 : cores)))
 
 # A machine with an NVIDIA GPU gets the CUDA build that pip prefers; CI's version elsewhere.
@@ -23,7 +25,7 @@ BIN    := $(VENV)/bin
 pytest  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install test lint format test-cpu support interpret aot compat demo bench bench-quick \
+.PHONY: help venv install test lint format test-cpu support interpret aot compat demo cpu-smoke bench bench-quick \
 	report gpu-test gpu-bench clean
 
 help:
@@ -86,6 +88,9 @@ compat: $(COMPAT)/.dev
 
 demo: $(VENV)/.demo
 	$(BIN)/neobert demo --texts $(TEXTS)
+
+cpu-smoke: $(VENV)/.dev
+	$(BIN)/python recipes/cpu_smoke/run.py --run $(RUN)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results
