@@ -129,11 +129,9 @@ def test_a_split_of_one_class_is_told(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_listed(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"dev_matched\.tsv, dev_mismatched\.tsv in .*got no train"
-    ):
+    with pytest.raises(InputError, match=r"dev_matched\.tsv, dev_mismatched.* got no train"):
         load(TASKS["MNLI"], tmp_path)
-    with pytest.raises(InputError, match="expected a folder with RTE/train.tsv"):
+    with pytest.raises(InputError, match=r"expected a folder with RTE/train\.tsv"):
         load(RTE, tmp_path / "nowhere")
     with pytest.raises(InputError, match="expected a header, got an empty file"):
         load(RTE, _with_empty_train(tmp_path))
@@ -224,7 +222,5 @@ def test_without_a_network_the_error_says_which_files_to_pass(
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        InputError, match=r"Couldn't reach.*pass --data DIR with train.tsv, dev.tsv"
-    ):
+    with pytest.raises(InputError, match=r"reach.*pass --data DIR with train.tsv, dev.tsv"):
         load(RTE, None)

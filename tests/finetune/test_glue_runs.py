@@ -131,7 +131,7 @@ def test_every_device_gets_the_same_command(
         def wait(self) -> int:
             return cli.main(commands[0][3:])
 
-    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr("neobert.commands.finetune.Popen", Process)
     options = ("--no-patch", "--max-length", "30", "--batch-size", "8", "--quiet")
     assert finetune("RTE", *SEEDS, *options, "--devices", "cpu", "cpu") == 0
     assert commands[0] == commands[1]

@@ -1,6 +1,7 @@
-"""One point: packed equals padded, the protocol's schedule, the best state, the same result twice."""
+"""One point: packed equals padded, the schedule, the best state, the same result twice."""
 
 import copy
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,8 @@ def test_the_schedule_rises_falls_and_stays() -> None:
     assert peak == 60
     assert factors[60] == 1
     assert 0 < factors[0] < 0.02
-    assert all(a < b for a, b in zip(factors[:60], factors[1:61], strict=True))
-    assert all(a > b for a, b in zip(factors[60:900], factors[61:901], strict=True))
+    assert all(a < b for a, b in itertools.pairwise(factors[:61]))
+    assert all(a > b for a, b in itertools.pairwise(factors[60:901]))
     assert factors[480] == pytest.approx(0.55)  # half-way between 60 and 900
     assert factors[900:] == [0.1] * 100
 
@@ -132,7 +133,7 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
 def test_batches_by_length_hold_every_row_within_the_budget() -> None:
     lengths = np.array([3, 50, 1, 7, 7, 20, 2])
     batches = [batch.tolist() for batch in by_length(lengths, 21)]
-    assert sorted(sum(batches, [])) == list(range(7))
+    assert sorted(itertools.chain.from_iterable(batches)) == list(range(7))
     assert all(lengths[batch].sum() <= 21 for batch in batches if len(batch) > 1)
 
 
