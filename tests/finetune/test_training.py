@@ -18,7 +18,7 @@ import neobert_kernels as nk
 from neobert.finetuning.batches import Collator, Tokens, by_length, shuffled, tokenize
 from neobert.finetuning.classifier import Classifier, load_classifier
 from neobert.finetuning.schedule import Protocol, Setting
-from neobert.finetuning.training import Fit, fit, make_optimizer, predict
+from neobert.finetuning.training import Fit, clip_gradients, fit, make_optimizer, predict
 
 FAMILIES = [name for name, encoder in ENCODERS.items() if encoder.has("sequence")]
 SETTING = Setting(1e-3, 4, 0.01)
@@ -154,6 +154,20 @@ def test_only_matrices_decay(folders: Any) -> None:
     assert all(names[id(p)].endswith("weight") for p in decayed["params"])
     assert all("bias" in names[id(p)] or "Norm" in names[id(p)] for p in plain["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+def test_gradients_are_clipped_as_pytorch_clips_them(scale: float) -> None:
+    ours = torch.nn.Linear(5, 3)
+    (ours(torch.ones(2, 5)).sum() * scale).backward()
+    theirs = copy.deepcopy(ours)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        q.grad = None if p.grad is None else p.grad.clone()
+    clip_gradients(ours, 3.0)
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 3.0)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert p.grad is not None
+        assert torch.equal(p.grad, q.grad)
 
 
 def test_the_best_evaluation_is_what_stays(folders: Any) -> None:
