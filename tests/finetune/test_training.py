@@ -204,9 +204,11 @@ def test_a_loss_that_is_not_finite_ends_the_point(folders: Any) -> None:
 
 @pytest.mark.parametrize("patched", [True, False])
 def test_a_point_depends_on_its_seed_and_on_nothing_before_it(patched: bool, folders: Any) -> None:
+    folder = folders("neobert")
+
     def losses(seed: int) -> list[float]:
         torch.manual_seed(seed)
-        classifier = load_classifier(folders("neobert"), ["a", "b"], patched=patched)
+        classifier = load_classifier(folder, ["a", "b"], patched=patched)
         classifier.model.dropout.p = 0.3
         return [e.loss for e in run(classifier, setting=Setting(1e-3, 4, 0.0, seed)).evaluations]
 
