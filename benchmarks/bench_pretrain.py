@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from neobert.pretraining.ranks import Ranks
 from timing import Timing, interleaved, peak_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +29,7 @@ from neobert.pretraining import objective, optimizer
 from neobert.pretraining.batches import Gather, MicroBatch, Plan
 from neobert.pretraining.packing import pack
 from neobert.pretraining.prepare import prepare
+from neobert.pretraining.ranks import Ranks
 from neobert.pretraining.recipe import Batch, Data, Train, read_recipe
 from neobert.pretraining.store import SPECIALS, Store
 from neobert.pretraining.utilisation import model_flops_per_token, peak_flops, utilisation

@@ -2,9 +2,9 @@
 
 import argparse
 import math
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING
 
 from neobert.commands.arguments import positive, threads
@@ -194,7 +194,7 @@ class _Job:
             InputError: One of them failed; it has said why.
         """
         commands = [self._command(task, str(device)) for device in self.devices]
-        processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
+        processes = [Popen(command, stdout=DEVNULL) for command in commands]
         try:
             codes = [process.wait() for process in processes]
         except BaseException:
