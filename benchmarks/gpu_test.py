@@ -84,7 +84,7 @@ def run(stage: Stage, log: Any, timeout_s: float) -> dict[str, Any]:
     began = time.monotonic()
     # A session of its own, so that its workers end with it.
     process = subprocess.Popen(
-        stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment,
+        stage.command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
         start_new_session=True,
     )  # fmt: skip
     try:
