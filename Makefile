@@ -2,6 +2,7 @@
 #
 #   make demo      set up .venv, embed real text unpatched and patched, compare   (TEXTS=300, TEXTS=all)
 #   make test      everything that needs no GPU: lint, tests, interpreter, builds for GPUs, oldest stack
+#   make cpu-smoke pre-train a small NeoBERT on a CPU, both stages, in minutes      (RUN=folder)
 #   make gpu-test  every check that needs a GPU; then gpu-bench measures, gpu-tune proposes choices
 #                  (NOINSTALL=1 PYTHON=python3: with the machine's own packages; OUT=folder,
 #                  WHEELS=folder of peers, DEADLINE=seconds for each)
@@ -14,6 +15,7 @@ OUT    ?=
 WHEELS ?=
 DEADLINE  ?= 510
 NOINSTALL ?=
+RUN    ?= runs/cpu_smoke
 JOBS   ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores > 8 ? 8 : cores)))
 
 # A machine with an NVIDIA GPU gets the CUDA build that pip prefers; CI's version elsewhere.
@@ -29,7 +31,7 @@ BIN    := $(VENV)/bin
 pytest  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install test lint format test-cpu support interpret aot compat demo bench bench-quick \
+.PHONY: help venv install test lint format test-cpu support interpret aot compat demo cpu-smoke bench bench-quick \
 	report gpu-test gpu-bench gpu-tune gpu-compare gpu-wheels clean
 
 help:
@@ -92,6 +94,9 @@ compat: $(COMPAT)/.dev
 
 demo: $(VENV)/.demo
 	$(BIN)/neobert demo --texts $(TEXTS)
+
+cpu-smoke: $(VENV)/.dev
+	$(BIN)/python recipes/cpu_smoke/run.py --run $(RUN)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results

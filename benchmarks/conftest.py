@@ -17,6 +17,8 @@ import pytest
 import torch
 from timing import Timing
 
+from neobert_kernels.ops.attention.peers import VARIABLE
+
 RESULTS = pytest.StashKey[list[dict[str, Any]]]()
 JOURNAL = pytest.StashKey[evidence.Journal]()
 ALL_DONE = pytest.StashKey[bool]()
@@ -145,6 +147,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         first = memory_bound.FIRST_ROWS
         marks = {n: pytest.mark.importance(1 if n == first else 3) for n in rows}
         metafunc.parametrize("rows", [pytest.param(n, marks=marks[n]) for n in rows])
+
+
+@pytest.fixture(autouse=True)
+def _ours_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment asks of `nk.attention`."""
+    monkeypatch.delenv(VARIABLE, raising=False)
 
 
 @pytest.fixture

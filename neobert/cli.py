@@ -16,8 +16,10 @@ COMMANDS = {
     "doctor": ("neobert.doctor", "show what was found, what each operator will run, and fixes"),
     "encode": ("neobert.commands.encode", "embed a file, a folder or standard input"),
     "search": ("neobert.commands.search", "find the nearest texts in an encoded file"),
-    "pretrain": ("neobert.commands.pretrain", "tokenise texts for pre-training"),
+    "pretrain": ("neobert.commands.pretrain", "train NeoBERT on texts"),
     "bench": ("neobert.commands.bench", "the least time a model can take; a report of results"),
+    "finetune": ("neobert.commands.finetune", "fine-tune a model on a benchmark"),
+    "evaluate": ("neobert.commands.evaluate", "evaluate models, and report results"),
     "aot": ("neobert_kernels.aot", "compile every kernel for a GPU without one"),
     "demo": ("neobert.demo", "embed real text, unpatched and patched, and compare"),
 }

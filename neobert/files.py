@@ -1,7 +1,9 @@
 """Writing that a kill or a full disk cannot leave half done, and what a resumed job must match."""
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,16 +38,53 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def remove_folder(folder: Path) -> None:
+    """Out of its name first: no half of a folder stands under a name that promises a whole one."""
+    gone = folder.with_name(f"{folder.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(folder, gone)
+    shutil.rmtree(gone)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Move a finished folder to its name; a kill may leave no folder there, but never a half."""
+    if folder.exists():
+        remove_folder(folder)
+    os.replace(new, folder)
+    sync_folder(folder.parent)
+
+
 def lock(folder: Path, name: str = "output") -> BinaryIO:
     """Hold the folder until the process ends, however it ends."""
-    file = open(folder / "lock", "wb")  # noqa: SIM115
+    file = try_lock(folder / "lock")
+    if file is None:
+        raise InputError(f"{name}: expected one job in {folder}, got a second one")
+    return file
+
+
+def try_lock(path: Path) -> BinaryIO | None:
+    """Hold ``path`` until the file is closed or the process ends; None if another one holds it."""
+    return _locked(path, wait=False)
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Wait for ``path`` and hold it for a short while, one process after the other."""
+    file = _locked(path, wait=True)
+    assert file is not None
+    with file:
+        yield
+
+
+def _locked(path: Path, wait: bool) -> BinaryIO | None:
+    file = open(path, "wb")  # noqa: SIM115
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         file.close()
-        raise InputError(f"{name}: expected one job in {folder}, got a second one") from None
+        return None
     except (ImportError, OSError):
         pass  # Windows, or a file system without locks: the user takes care
     return file

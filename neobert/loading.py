@@ -34,6 +34,19 @@ def model_folder(model: str | os.PathLike[str], revision: str | None) -> Path:
     return path
 
 
+def model_name(model: str, name: str | None = None) -> str:
+    """What reports call a model: as given, else a hub id as it is or a folder's last name.
+
+    Raises:
+        ValueError: No folder can have this name.
+    """
+    path = Path(model)
+    name = name if name is not None else (path.resolve().name if path.is_dir() else model)
+    if not name.strip() or name.startswith(".") or "\\" in name:
+        raise ValueError(f"name: expected a name that a folder can have, got {name!r}")
+    return name
+
+
 def tokenizer_folder(name: str, revision: str | None = None) -> Path:
     """The local folder of a tokenizer, downloading a hub id's files (and no weights) if needed."""
     return _folder(name, revision, _TOKENIZER_FILES, "tokenizer")
@@ -90,7 +103,7 @@ def model_family(folder: Path, patched: bool) -> str:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """No bar per tensor and no load report: what is wrong with a checkpoint becomes an error."""
     from transformers.utils import logging
 
@@ -111,7 +124,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     import neobert  # noqa: F401  (registers NeoBERT)
     from neobert import checkpoint
 
-    with _quiet_loading(), checkpoint.readable(folder):
+    with quiet_loading(), checkpoint.readable(folder):
         model, info = AutoModel.from_pretrained(
             folder,
             dtype=dtype,

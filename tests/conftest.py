@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # read by Triton; pins FMA contraction
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ.pop("NEOBERT_ATTENTION", None)  # what is tested is ours
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
