@@ -5,18 +5,27 @@ All share the weights of one model. A way that cannot run here says why; none re
 
 import copy
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from original_neobert import original_forward
-from peers import PINNED
 from shapes import VOCABULARY, Model, padded
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import neobert_kernels as nk
+from neobert_kernels.ops.attention.peers import VARIABLE
 
+PINNED = {
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_math": SDPBackend.MATH,
+}
+# The patched model with the attention of others, on packed documents as well.
+PACKED_PEERS = {"patched_torch_varlen": "torch_varlen", "patched_flash_attn": "flash_attn"}
 Way = Callable[[Tensor, Tensor], Tensor]  # token ids and mask to hidden states, [B, S, C]
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -51,6 +60,8 @@ class Ways:
             patched = self.twin()
             nk.patch(patched)
             return hidden_of(patched)
+        if name in PACKED_PEERS:
+            return asking(PACKED_PEERS[name], self.build("patched"))
         if name == "sdpa":
             return hidden_of(self.plain)
         if name in PINNED:
@@ -88,6 +99,7 @@ class Ways:
 NAMES = (
     "patched",
     "sdpa",
+    *PACKED_PEERS,
     *PINNED,
     "eager",
     "original",
@@ -102,6 +114,17 @@ def hidden_of(model: Any) -> Way:
     @torch.inference_mode()
     def call(ids: Tensor, mask: Tensor) -> Tensor:
         return model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    return call
+
+
+def asking(peer: str, way: Way) -> Way:
+    def call(ids: Tensor, mask: Tensor) -> Tensor:
+        os.environ[VARIABLE] = peer
+        try:
+            return way(ids, mask)
+        finally:
+            del os.environ[VARIABLE]
 
     return call
 
