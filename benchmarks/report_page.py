@@ -32,7 +32,7 @@ class Section:
     notes: list[str]
 
     @property
-    def table(self) -> Section:
+    def table(self) -> Table:
         return Table(self.header, self.rows, numbers_from=1)
 
 
