@@ -119,7 +119,7 @@ def _operator(name: str, results: list[Result]) -> Section:
     others = list(dict.fromkeys(v for r in results for v in r.variants[1:]))
     header = ["case", "ours", "GB/s", "TFLOP/s", "of the floor"]
     header += [f"{other} / ours" for other in others]
-    rows, absent = [], {}
+    rows = []
     for result in results:
         v, ours = result.values, result.variants[0]
         flop = v.get(f"{ours}_flop_per_s")
@@ -135,9 +135,21 @@ def _operator(name: str, results: list[Result]) -> Section:
             else:
                 row.append(NOT_MEASURED)
         rows.append(row)
-        absent |= {k.removesuffix("_absent"): why for k, why in v.items() if k.endswith("_absent")}
-    notes = [f"Absent: {peer} ({why})." for peer, why in absent.items()]
-    return Section(name, header, rows, notes)
+    return Section(name, header, rows, _absent(results))
+
+
+def _absent(results: list[Result]) -> list[str]:
+    """Who is missing and why, once for each reason; the cases where it is not all of them."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for key, why in result.values.items():
+            if key.endswith("_absent"):
+                found.setdefault((key.removesuffix("_absent"), why), []).append(result.case)
+    return [
+        f"Absent: {peer} ({why})"
+        + ("." if len(cases) == len(results) else f": {'; '.join(cases)}.")
+        for (peer, why), cases in found.items()
+    ]
 
 
 def _number(value: float | None, unit: float) -> str:
@@ -195,11 +207,8 @@ def _ways(results: list[Result]) -> Section:
     for result in results:
         v = result.values
         rows.append([result.case, *(_rate(v, name) for name in names)])
-        notes += [
-            f"Absent: {result.case}, {key.removesuffix('_absent')} ({why})."
-            for key, why in v.items()
-            if key.endswith("_absent")
-        ] + _out_of_memory(result)
+        notes += _out_of_memory(result)
+    notes = _absent(results) + notes
     return Section("Ways to run a model, real tokens/s", ["case", *names], rows, notes)
 
 
@@ -235,8 +244,8 @@ def _curve(results: list[Result]) -> Section:
         for p in result.values["points"]:
             shown = "out of memory" if "out_of_memory" in p else f"{p['tokens_per_s']:,.0f}"
             cells.setdefault((p["documents"], p["longest"]), {})[p["variant"]] = shown
-        for (documents, longest), shown in cells.items():
-            ways = [shown.get(way, NOT_MEASURED) for way in ("sdpa", "patched")]
+        for (documents, longest), by_way in cells.items():
+            ways = [by_way.get(way, NOT_MEASURED) for way in ("sdpa", "patched")]
             rows.append([model_of(result.case), f"{documents:,}", f"{longest:,}", *ways])
     return Section(f"Cost over the {axis}", header, rows, [])
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from original_neobert import original_forward
 from shapes import VOCABULARY, Model, padded
+from timing import Variant, peak_memory
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -55,7 +56,7 @@ class Ways:
         return padded(lengths, self.device, min(self.plain.config.vocab_size, VOCABULARY))
 
     def build(self, name: str) -> Way:
-        """One of `NAMES`. Whatever it raises is why the way is absent."""
+        """One of `names`. Whatever it raises is why the way is absent."""
         if name == "patched":
             patched = self.twin()
             nk.patch(patched)
@@ -71,14 +72,16 @@ class Ways:
         if name == "compile_max_autotune":
             return hidden_of(torch.compile(self.plain, dynamic=False, mode="max-autotune"))
         if name == "original":
-            if self.model.prefix != "NeoBERT":
-                raise ValueError("NeoBERT's own code only")
             return original_forward(self.plain)
         if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
             raise ImportError("flash-attn is not installed")
-        if self.model.prefix == "NeoBERT":
-            raise ValueError("NeoBERT has one attention, SDPA")
         return hidden_of(self.twin(name))
+
+    def names(self) -> list[str]:
+        """The ways that this model has: our NeoBERT knows SDPA alone, others have no original."""
+        of_others = ("eager", "flex_attention", "flash_attention_2")
+        skipped = of_others if self.model.prefix == "NeoBERT" else ("original",)
+        return [name for name in NAMES if name not in skipped]
 
     def working(self, name: str) -> tuple[Way | None, str]:
         """A way that agrees with the unpatched model on a small ragged batch, or why not."""
@@ -137,14 +140,14 @@ def pinned(way: Way, backend: SDPBackend) -> Way:
     return call
 
 
-def fits(function: Callable[[], Any]) -> Any:
-    """What ``function`` returns.
+def fitting_peak(variant: Variant, device: str) -> int | None:
+    """`peak_memory` of a call.
 
     Raises:
         DoesNotFitError: The memory does not suffice; what it took is free again.
     """
     try:
-        return function()
+        return peak_memory(variant, device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         message = str(error)
     except RuntimeError as error:
