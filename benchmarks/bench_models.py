@@ -13,8 +13,8 @@ import pytest
 import torch
 from ceilings import Ceilings, floor_s
 from shapes import CASES, FIRST, MODELS, SMALL, batch_of, longest_of
-from timing import Timing, Variant, interleaved, noisy, peak_memory
-from ways import NAMES, DoesNotFitError, Way, Ways, fits
+from timing import Timing, Variant, interleaved, noisy
+from ways import DoesNotFitError, Way, Ways, fitting_peak
 
 from neobert.floors import ARCHITECTURES, forward
 from neobert.floors.models import of_config
@@ -57,7 +57,7 @@ class Bench:
         for name, way in ways.items():
             call = call_of(way)
             try:
-                peaks[name] = fits(lambda call=call: peak_memory(call, self.device))
+                peaks[name] = fitting_peak(call, self.device)
                 calls[name] = call
             except DoesNotFitError as error:
                 found.append({"variant": name, **batch, "out_of_memory": str(error)[:120]})
@@ -192,7 +192,7 @@ def test_ways(
     if quick and case != "ragged":
         pytest.skip("--quick runs the ragged case")
     here = bench(model)
-    names = [n for n in NAMES if left_s() > LEAST_S.get(n, 0.0)]
+    names = [n for n in here.ways.names() if left_s() > LEAST_S.get(n, 0.0)]
     if quick:
         names = [n for n in names if not n.startswith(("compile", "flex"))]
     batch = shortened(batch_of(case, TOKENS[device][1], longest), quick)

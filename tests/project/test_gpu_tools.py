@@ -52,7 +52,9 @@ def test_a_stage_ends_by_the_deadline_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_test, "LEAST_S", 0.5)
-    spawn = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    spawn = (
+        "import subprocess as s, sys; s.run([sys.executable, '-c', 'import time; time.sleep(99)'])"
+    )
     began = time.monotonic()
     code, found = stages(
         tmp_path, monkeypatch, Stage("slow", (*SAY, spawn)), Stage("late", SAY),
@@ -125,7 +127,7 @@ def test_a_sweep_measures_proposes_and_changes_nothing(tmp_path: Path) -> None:
     """One operator in the interpreter, in a process of its own; a second run has nothing to do."""
     pytest.importorskip("triton")
     before = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True).stdout
-    command = [sys.executable, "benchmarks/gpu_tune.py", "--stand-in", "--operator", "first_pool"]
+    command = [sys.executable, "benchmarks/gpu_tune.py", "--stand-in", "--operator", "rope"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--output", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True,
@@ -134,12 +136,12 @@ def test_a_sweep_measures_proposes_and_changes_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("tune-*.json")
     document = json.loads(path.read_text())
-    knobs = {sweep["knob"] for sweep in document["cases"]["first_pool"]}
-    assert knobs == {k.title for k in tuning.KNOBS if "first_pool" in k.operators}
-    tried = [m for s in document["cases"]["first_pool"] for m in s["tried"].values()]
+    knobs = {sweep["knob"] for sweep in document["cases"]["rope"]}
+    assert knobs == {k.title for k in tuning.KNOBS if "rope" in k.operators}
+    tried = [m for s in document["cases"]["rope"] for m in s["tried"].values()]
     assert any("gain" in m for m in tried)
     assert document["not_reached"] == []
-    assert "| first_pool |" in path.with_suffix(".md").read_text()
+    assert "| rope |" in path.with_suffix(".md").read_text()
     after = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True).stdout
     assert after == before
 
