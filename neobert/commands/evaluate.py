@@ -49,7 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add_perplexity(parser: argparse.ArgumentParser) -> None:
-    from neobert.finetuning.training import PRECISIONS
+    from neobert.finetuning.schedule import PRECISIONS
 
     parser.add_argument("--model", required=True, help="a local model folder or a hub id")
     parser.add_argument("--input", required=True, metavar="PATH", help="a folder or a file")
