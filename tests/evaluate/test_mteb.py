@@ -33,6 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return texts.save("bert", model, tmp_path_factory.mktemp("tiny"))
 
 
+# mteb's own: it copies tensors with torch.tensor.
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
 def test_every_kind_of_task_runs_and_prompts_reach_the_texts(folder: Path) -> None:
     mteb = pytest.importorskip("mteb")
     from neobert.evaluation.mteb_encoder import MTEBEncoder
