@@ -23,7 +23,8 @@ from neobert.pretraining.hashing import key, uniform
 from neobert.pretraining.masking import IGNORE_INDEX, Masked, Masking, stream_keys
 from neobert.pretraining.order import Permutation
 from neobert.pretraining.packing import pack
-from neobert.pretraining.recipe import Batch, Recipe, error, view_minimum
+from neobert.pretraining.recipe import Batch, Recipe, view_minimum
+from neobert.pretraining.rules import error
 from neobert.pretraining.store import SPECIALS, Store
 
 # Bins of a chunk: its last bin is what stays unfilled, well under 1 % of so many. A small store

@@ -1,6 +1,7 @@
 """Recipes: nested dataclasses, read from YAML, changed by ``key=value``.
 
-A section is a frozen dataclass whose fields are numbers, strings, tables of numbers, or sections.
+A section is a frozen dataclass whose fields are numbers, strings, tables of numbers, lists of
+strings, or sections.
 Unknown keys, wrong types and values outside a rule are errors before any work starts.
 """
 
@@ -15,17 +16,20 @@ from typing import Any
 
 import yaml
 
-from neobert.readers import InputError, one_line
+from neobert.pretraining.guard import Limits
+from neobert.pretraining.optimizer import Optimizer
+from neobert.pretraining.rules import at_least, error, one_of
+from neobert.pretraining.schedule import Schedule
+from neobert.readers import one_line
 
 LAYOUTS = ("packed", "padded")
 MASKINGS = ("mask", "bert")
+PRECISIONS = ("bfloat16", "float32")
+PARALLELS = ("ddp", "fsdp")
+TRACKERS = ("tensorboard", "wandb")
 SHORTEST = 3  # [CLS], one token, [SEP]
 
 _KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-
-
-def error(name: str, rule: str, value: object) -> InputError:
-    return InputError(f"{name}: expected {rule}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,10 @@ class Data:
             raise error("data.store", "a folder for the tokenised documents", "none")
         if self.errors not in ("strict", "replace"):
             raise error("data.errors", "'strict' or 'replace'", repr(self.errors))
-        _at_least("data.shard_tokens", self.shard_tokens, 1)
-        _at_least("data.held_out", self.held_out, 0)
+        at_least("data.shard_tokens", self.shard_tokens, 1)
+        at_least("data.held_out", self.held_out, 0)
         if self.documents is not None:
-            _at_least("data.documents", self.documents, 1)
+            at_least("data.documents", self.documents, 1)
         if self.dataset is None:
             for name in ("subset", "revision"):
                 if getattr(self, name) is not None:
@@ -114,24 +118,20 @@ class Batch:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
-        _at_least("batch.max_length", self.max_length, SHORTEST)
+        at_least("batch.max_length", self.max_length, SHORTEST)
         if self.tokens < self.max_length:
             raise error(
                 "batch.tokens",
                 f"at least batch.max_length ({self.max_length}), the longest sequence",
                 self.tokens,
             )
-        _at_least("batch.bins", self.bins, 1)
-        _at_least("batch.workers", self.workers, 0)
-        _at_least("batch.prefetch", self.prefetch, 1)
+        at_least("batch.bins", self.bins, 1)
+        at_least("batch.workers", self.workers, 0)
+        at_least("batch.prefetch", self.prefetch, 1)
         if not 0 <= self.seed < 1 << 64:
             raise error("batch.seed", "0 to 2**64 - 1", self.seed)
-        for name, value, known in (
-            ("layout", self.layout, LAYOUTS),
-            ("masking", self.masking, MASKINGS),
-        ):
-            if value not in known:
-                raise error(f"batch.{name}", " or ".join(map(repr, known)), repr(value))
+        one_of("batch.layout", self.layout, LAYOUTS)
+        one_of("batch.masking", self.masking, MASKINGS)
         if not 0 < self.mask_rate < 1:
             raise error("batch.mask_rate", "a number between 0 and 1", self.mask_rate)
         for name, chance in self.views.items():
@@ -148,11 +148,122 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Model:
+    """What is trained: a new NeoBERT, or one to go on with.
+
+    Attributes:
+        init_from: A run folder, a model folder or a hub id whose weights training starts from; None
+            draws new ones.
+        seed: Of the new weights.
+        hidden_size, num_hidden_layers, ...: as in `NeoBERTConfig`. What is None comes from
+            init_from, else it is the published 250M model's; vocab_size then is the tokenizer's,
+            max_length batch.max_length.
+    """
+
+    init_from: str | None = None
+    seed: int = 0
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
+    vocab_size: int | None = None
+    max_length: int | None = None
+    norm_eps: float | None = None
+    rope_theta: float | None = None
+    embedding_init_range: float | None = None
+    decoder_init_range: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least("model.seed", self.seed, 0)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The fields of `NeoBERTConfig` that are set."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k not in ("init_from", "seed") and v is not None}
+
+
+@dataclass(frozen=True)
+class Train:
+    """How steps are computed. How many there are: schedule.steps.
+
+    Attributes:
+        run: The run's folder: checkpoints, log, and in the end final/.
+        precision: "bfloat16": matrix products under autocast; weights are float32 in any case.
+        patch: Run on the fused operators; otherwise on the model's own PyTorch code.
+        gradient_checkpointing: Compute layers again in the backward pass instead of keeping them.
+        compile: torch.compile every layer.
+        parallel: "ddp": every rank has the model. "fsdp": FSDP2, every rank has a share.
+    """
+
+    run: str = ""
+    precision: str = "bfloat16"
+    patch: bool = True
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    parallel: str = "ddp"
+
+    def __post_init__(self) -> None:
+        one_of("train.precision", self.precision, PRECISIONS)
+        one_of("train.parallel", self.parallel, PARALLELS)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Checkpoints.
+
+    Attributes:
+        every: Steps between two.
+        keep_last: How many of the newest stay.
+        keep_every: Those of every so many steps stay for good; 0: none.
+        background: Write while training goes on.
+    """
+
+    every: int = 1000
+    keep_last: int = 2
+    keep_every: int = 10_000
+    background: bool = True
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.every", self.every, 1)
+        at_least("checkpoint.keep_last", self.keep_last, 1)
+        at_least("checkpoint.keep_every", self.keep_every, 0)
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What a run tells.
+
+    Attributes:
+        every: Steps between two records; the device is waited for only then.
+        evaluate: Steps between two evaluations on data.held_out; 0: only at the end.
+        trackers: "tensorboard", "wandb": also there, through accelerate.
+    """
+
+    every: int = 10
+    evaluate: int = 1000
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        at_least("log.every", self.every, 1)
+        at_least("log.evaluate", self.evaluate, 0)
+        for name in self.trackers:
+            one_of("log.trackers", name, TRACKERS)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All settings of a run."""
 
     data: Data
     batch: Batch = field(default_factory=Batch)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    checkpoint: Saving = field(default_factory=Saving)
+    log: Watching = field(default_factory=Watching)
+    guard: Limits = field(default_factory=Limits)
 
 
 def view_minimum(name: str) -> int:
@@ -168,19 +279,39 @@ def view_minimum(name: str) -> int:
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe file with ``section.key=value`` changes; a value is YAML.
 
+    ``extends: other.yaml`` takes what the file does not set from another one beside it.
+
     Raises:
         InputError: Not YAML, an unknown key, or a value that breaks a rule.
         OSError: The file cannot be read.
     """
-    content = _yaml(Path(path).read_text("utf-8"), str(path))
-    if not isinstance(content, dict):
-        raise error(str(path), "sections with keys (a mapping)", type(content).__name__)
+    content = _sections(Path(path))
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:
             raise error("override", "key=value", repr(override))
         _set(content, name, _yaml(text, name))
     return build(Recipe, content, "")
+
+
+def _sections(path: Path, over: tuple[Path, ...] = ()) -> dict[Any, Any]:
+    """A file's sections, over those of the file that it extends, key by key."""
+    content = _yaml(path.read_text("utf-8"), str(path))
+    if not isinstance(content, dict):
+        raise error(str(path), "sections with keys (a mapping)", type(content).__name__)
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise error(f"{path}: extends", "a file name", _shown(base))
+    other, over = path.parent / base, (*over, path.resolve())
+    if other.resolve() in over:
+        raise error(f"{path}: extends", "a file that does not lead back here", base)
+    found = _sections(other, over)
+    for name, section in content.items():
+        both = isinstance(section, dict) and isinstance(found.get(name), dict)
+        found[name] = {**found[name], **section} if both else section
+    return found
 
 
 def build(kind: type, content: object, name: str) -> Any:
@@ -217,6 +348,10 @@ def _value(kind: Any, value: object, name: str) -> Any:
             raise error(name, "a table of names and values", _shown(value))
         of = typing.get_args(kind)[1]
         return {str(key): _value(of, item, f"{name}.{key}") for key, item in value.items()}
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise error(name, "a list", _shown(value))
+        return tuple(_value(typing.get_args(kind)[0], item, name) for item in value)
     if kind is float:
         return _number(value, name)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -256,8 +391,3 @@ def _yaml(text: str, name: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as problem:
         raise error(name, "YAML", one_line(problem)) from None
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise error(name, f"at least {least}", value)

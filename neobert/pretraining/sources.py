@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from neobert.inputs import Source, open_source
-from neobert.pretraining.recipe import Data, error
+from neobert.pretraining.recipe import Data
+from neobert.pretraining.rules import error
 from neobert.readers import InputError, ReadOptions, Row, one_line
 
 # A document beyond this is cut at white space into several: tokenizing one text takes memory of

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from neobert.pretraining.recipe import error
+from neobert.pretraining.rules import error
 from neobert.readers import InputError, one_line
 
 VERSION = 1

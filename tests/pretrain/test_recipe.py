@@ -27,7 +27,7 @@ def test_values_come_from_the_file_and_then_from_the_command_line(tmp_path: Path
     ("override", "message"),
     [
         ("data.colum=x", "data: expected one of the keys path, dataset, .*, got 'colum'"),
-        ("model.size=1", "recipe: expected one of the keys data, batch.*, got 'model'"),
+        ("mode.size=1", "recipe: expected one of the keys data, batch.*, got 'mode'"),
         ("batch.bins=many", "batch.bins: expected a whole number, got 'many'"),
         ("batch.bins=true", "batch.bins: expected a whole number, got True"),
         ("batch.bins=", "batch.bins: expected a whole number, got nothing"),
@@ -71,3 +71,31 @@ def test_bad_values_are_named(override: str, message: str, tmp_path: Path) -> No
 def test_bad_files_are_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         read(tmp_path, text=text)
+
+
+def test_a_recipe_sets_what_it_changes_of_another(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "first.yaml").write_text(GOOD)
+    (tmp_path / "base" / "second.yaml").write_text(
+        "extends: first.yaml\nbatch: {tokens: 2048, views: {all: 0.5, '>=512': 0.5}}\n"
+    )
+    found = read(
+        tmp_path, "batch.bins=2", text="extends: base/second.yaml\nbatch: {views: {all: 1}}"
+    )
+    assert found.data == read(tmp_path).data
+    assert (found.batch.bins, found.batch.tokens) == (2, 2048)
+    assert found.batch.views == {"all": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [
+        ("recipe.yaml", "recipe.yaml: extends: expected a file that does not lead back here"),
+        ("[a, b]", r"recipe.yaml: extends: expected a file name, got \['a', 'b'\]"),
+        ("other.yaml", "other.yaml: extends: expected a file that does not lead back here"),
+    ],
+)
+def test_a_recipe_extends_one_other_file(extends: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("extends: recipe.yaml")
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, text=f"extends: {extends}")

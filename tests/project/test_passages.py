@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from neobert.passages import Passage, standard_library_passages
+from neobert.passages import Passage, standard_library_code, standard_library_passages
 
 SOURCE = '''"""Module text."""
 
@@ -58,3 +58,20 @@ def test_a_sample_is_the_start_of_one_fixed_order(library: Path) -> None:
     assert standard_library_passages(3, library) == everything[:3]
     assert standard_library_passages(10**6, library) == everything
     assert everything != sorted(everything, key=lambda passage: passage.name)
+
+
+def test_code_is_cut_at_top_level_definitions_and_nothing_is_lost(library: Path) -> None:
+    found = standard_library_code(library)
+    box = {p.name: p.text for p in found if p.name.startswith("box")}
+    assert set(box) == {"box", "box.Box", "box.twin", "box.silent"}
+    assert box["box.silent"] == "def silent(): pass"
+    whole = "\n\n".join(box[name] for name in ("box", "box.Box", "box.twin", "box.silent"))
+    assert whole == SOURCE.strip()
+    assert Passage("old", '# -*- coding: latin-1 -*-\n"""Café."""') in found
+    assert found == standard_library_code(library)
+
+
+def test_a_decorator_belongs_to_its_definition(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("import x\n@x.a\n@x.b\nclass C: pass\nC.d = 1\n", "utf-8")
+    found = {p.name: p.text for p in standard_library_code(tmp_path)}
+    assert found == {"one": "import x", "one.C": "@x.a\n@x.b\nclass C: pass\nC.d = 1"}
