@@ -23,7 +23,9 @@ class MTEBEncoder:
             is put before a text; texts without one keep the encoder's own.
     """
 
-    def __init__(self, encoder: Encoder, name: str, prompts: Mapping[str, str] | None = None):
+    def __init__(
+        self, encoder: Encoder, name: str, prompts: Mapping[str, str] | None = None
+    ) -> None:
         self._encoder, self._prompts = encoder, dict(prompts or {})
         parameters = sum(p.numel() for p in encoder.model.parameters())
         self._meta = ModelMeta.create_empty(
