@@ -19,8 +19,6 @@ from neobert.finetuning.batches import EVALUATION_TOKENS, Collator, Tokens, by_l
 from neobert.finetuning.classifier import Classifier
 from neobert.finetuning.schedule import Protocol, Setting, steps_of_epoch
 
-PRECISIONS = ("float32", "bfloat16")
-
 
 @dataclass(frozen=True)
 class Evaluation:

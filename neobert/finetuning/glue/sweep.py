@@ -1,6 +1,5 @@
 """Work through a grid: one task, one model, every point that is not finished yet."""
 
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -224,7 +223,7 @@ def machine(device: torch.device) -> dict[str, str]:
     """What a result was made on, and with."""
     import transformers
 
-    name = platform.processor() or platform.machine()
+    name = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return {
