@@ -21,6 +21,7 @@ from neobert_kernels.ops.attention.peers import VARIABLE
 
 RESULTS = pytest.StashKey[list[dict[str, Any]]]()
 JOURNAL = pytest.StashKey[evidence.Journal]()
+ALL_DONE = pytest.StashKey[bool]()
 BEGAN = pytest.StashKey[float]()
 COMMITTED = evidence.ROOT / "benchmarks" / "results"
 # Parameters that options pick from, under all the names that benchmarks give them.
@@ -69,6 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = _pick(config, option, known, chosen, functools.partial(_parameters, names=names))
     done = config.stash[JOURNAL].done if JOURNAL in config.stash else set()
     fresh = [item for item in chosen if item.nodeid not in done]
+    config.stash[ALL_DONE] = bool(chosen) and not fresh
     config.hook.pytest_deselected(items=[item for item in items if item not in set(fresh)])
     items[:] = sorted(fresh, key=_importance)
 
@@ -116,6 +118,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         journal = session.config.stash[JOURNAL]
         if journal.results or journal.not_reached:
             journal.write()
+    if session.config.stash.get(ALL_DONE, False):
+        session.exitstatus = pytest.ExitCode.OK  # a resumed run that had nothing left to do
 
 
 def pytest_terminal_summary(

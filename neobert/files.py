@@ -1,6 +1,7 @@
 """Writing that a kill or a full disk cannot leave half done, and what a resumed job must match."""
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,22 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_folder(folder: Path) -> None:
+    """Out of its name first: no half of a folder stands under a name that promises a whole one."""
+    gone = folder.with_name(f"{folder.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(folder, gone)
+    shutil.rmtree(gone)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Move a finished folder to its name; a kill may leave no folder there, but never a half."""
+    if folder.exists():
+        remove_folder(folder)
+    os.replace(new, folder)
+    sync_folder(folder.parent)
 
 
 def lock(folder: Path, name: str = "output") -> BinaryIO:

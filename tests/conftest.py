@@ -28,6 +28,15 @@ def _seed_and_poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--repeats", type=int, default=2, help="runs that must give the same bits")
+
+
+@pytest.fixture
+def repeats(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("repeats"))
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from neobert.commands import mteb
 from neobert.commands.arguments import positive, threads
 from neobert.readers import InputError, ReadOptions
 
@@ -38,6 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     glue.add_argument("--output", metavar="DIR", help="also write glue.md, glue.html, glue.png")
     glue.set_defaults(run=_glue)
+    mteb.add_parser(kinds)
     _add_perplexity(
         kinds.add_parser(
             "pseudo-perplexity",
@@ -49,7 +51,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add_perplexity(parser: argparse.ArgumentParser) -> None:
-    from neobert.finetuning.training import PRECISIONS
+    from neobert.finetuning.schedule import PRECISIONS
 
     parser.add_argument("--model", required=True, help="a local model folder or a hub id")
     parser.add_argument("--input", required=True, metavar="PATH", help="a folder or a file")

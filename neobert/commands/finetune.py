@@ -1,13 +1,13 @@
 """``neobert finetune``: a model fine-tuned on a benchmark's tasks."""
 
 import argparse
-import math
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING
 
-from neobert.commands.arguments import positive, threads
+from neobert.commands import contrastive
+from neobert.commands.arguments import number, positive, threads
 from neobert.readers import InputError
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     glue.add_argument("--quiet", action="store_true", help="print nothing but errors and scores")
     _add_grid(glue)
     _add_model(glue)
-    glue.set_defaults(run=run)
+    glue.set_defaults(run=_glue)
+    contrastive.add_parser(kinds)
 
 
 def _add_grid(parser: argparse.ArgumentParser) -> None:
@@ -66,9 +67,9 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("grid")
     listed = "; ".join(f"{name}: {grid.summary}" for name, grid in GRIDS.items())
     group.add_argument("--grid", choices=[*GRIDS], default="paper", help=f"{listed}")
-    group.add_argument("--lr", type=_rate, metavar="RATE", help="this learning rate only")
+    group.add_argument("--lr", type=number, metavar="RATE", help="this learning rate only")
     group.add_argument("--batch-size", type=positive, metavar="N", help="this batch size only")
-    group.add_argument("--weight-decay", type=_rate, metavar="X", help="this weight decay only")
+    group.add_argument("--weight-decay", type=number, metavar="X", help="this weight decay only")
     group.add_argument("--epochs", type=positive, metavar="N", help="at most (paper: 10)")
     group.add_argument(
         "--seeds", type=_seed, nargs="+", default=[0], metavar="N", help="(default: 0)"
@@ -76,7 +77,7 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    from neobert.finetuning.training import PRECISIONS
+    from neobert.finetuning.schedule import PRECISIONS
 
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
@@ -104,6 +105,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    return int(args.run(args))
+
+
+def _glue(args: argparse.Namespace) -> int:
     from neobert.finetuning.glue import data, metrics
     from neobert.finetuning.glue.predictions import write_predictions
     from neobert.finetuning.glue.runs import Run
@@ -194,7 +199,7 @@ class _Job:
             InputError: One of them failed; it has said why.
         """
         commands = [self._command(task, str(device)) for device in self.devices]
-        processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
+        processes = [Popen(command, stdout=DEVNULL) for command in commands]
         try:
             codes = [process.wait() for process in processes]
         except BaseException:
@@ -221,17 +226,6 @@ class _Job:
                 command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
         flags = ("no_patch", "no_transfer", "quiet")
         return command + [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
-
-
-def _rate(text: str) -> float:
-    """An argparse type: a finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return value
 
 
 def _seed(text: str) -> int:

@@ -1,35 +1,50 @@
-"""``neobert pretrain``: tokenise the texts of a recipe into a store."""
+"""``neobert pretrain``: tokenise the texts of a recipe into a store, and train on them."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
+from neobert.cli import EXIT_FAILED
 from neobert.pretraining.prepare import prepare
 from neobert.pretraining.recipe import Recipe, read_recipe
 from neobert.pretraining.store import HISTOGRAM, Store
+from neobert.pretraining.watch import described
 from neobert.readers import InputError
 
 DESCRIPTION = """\
-With --prepare: tokenise the documents of a recipe into its store (data.store), once. A killed or
-interrupted run is resumed by the same command; what is done waits in STORE.partial.
+Tokenise the documents of a recipe into its store (data.store), once, and train on them; the run's
+folder is train.run, the trained model is in its final/.
+
+    neobert pretrain recipe.yaml                       one process
+    torchrun --nproc-per-node 8 -m neobert pretrain recipe.yaml
+    neobert pretrain --resume recipe.yaml              go on after a kill, to the same bits
 
 Settings of the recipe are changed by key=value, with dotted keys and YAML values:
-    neobert pretrain --prepare recipe.yaml data.path=texts/ data.store=runs/tokens
+    neobert pretrain recipe.yaml data.path=texts/ data.store=runs/tokens train.run=runs/first
 
 With --plot: loss curves of one or several runs over tokens; a second stage continues the first.
     neobert pretrain --plot runs/stage1 runs/stage2 --output loss.png
+
+--prepare only tokenises; a killed one is resumed by the same command. Several processes need a
+store that is finished. SIGTERM or Ctrl-C saves and ends; the exit code is then 128 + the signal.
 """
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "pretrain",
-        help="tokenise texts for pre-training",
+        help="train NeoBERT on texts",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a .yaml file")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument("--prepare", action="store_true", help="tokenise only")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in train.run")
+    parser.add_argument(
+        "--allow-change", action="store_true", help="resume although harmless settings changed"
+    )
     parser.add_argument(
         "--restart", action="store_true", help="discard what an unfinished --prepare left"
     )
@@ -53,9 +68,11 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"output: expected none without --plot, got {args.output}")
     if args.recipe is None:
         raise InputError("pretrain: expected a RECIPE, got none")
-    if not args.prepare:
-        raise InputError("pretrain: expected --prepare (training is not here yet), got none")
     recipe = read_recipe(args.recipe, args.changes)
+    if not args.prepare:
+        return _train(recipe, args)
+    if args.resume or args.allow_change:
+        raise InputError("pretrain: expected --resume without --prepare, got both")
     store = prepare(recipe.data, restart=args.restart, quiet=args.quiet)
     if args.verify:
         store = Store.open(store.folder, verify=True)
@@ -75,6 +92,28 @@ def draw(args: argparse.Namespace) -> int:
     picture = plot(args.plot, args.output or Path(args.plot[-1]) / "loss.png")
     if not args.quiet:
         print(picture)
+    return 0
+
+
+def _train(recipe: Recipe, args: argparse.Namespace) -> int:
+    from neobert.pretraining.run import train
+    from neobert.pretraining.trainer import DivergedError, StoppedError
+
+    if args.restart or args.verify:
+        raise InputError("pretrain: expected --restart and --verify only with --prepare, got none")
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone and not Path(recipe.data.store).is_dir():
+        prepare(recipe.data, quiet=args.quiet)
+    try:
+        result = train(recipe, resume=args.resume, allow_change=args.allow_change, quiet=args.quiet)
+    except StoppedError as stop:
+        print(f"neobert: {stop}", file=sys.stderr)
+        return 128 + stop.number
+    except DivergedError as stop:
+        print(f"neobert: error: {stop}", file=sys.stderr)
+        return EXIT_FAILED
+    if not args.quiet and result.scores is not None and result.main:
+        print(described("eval", result.scores._asdict()))
     return 0
 
 

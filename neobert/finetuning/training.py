@@ -19,8 +19,6 @@ from neobert.finetuning.batches import EVALUATION_TOKENS, Collator, Tokens, by_l
 from neobert.finetuning.classifier import Classifier
 from neobert.finetuning.schedule import Protocol, Setting, steps_of_epoch
 
-PRECISIONS = ("float32", "bfloat16")
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -119,7 +117,7 @@ def fit(
                 **collate(tokens, rows), labels=collate.to_device(targets[torch.from_numpy(rows)])
             ).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), protocol.clip)
+        clip_gradients(model, protocol.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # Read back at evaluations only: a read would wait for the device at every step.
@@ -186,6 +184,18 @@ def make_optimizer(model: Any, setting: Setting) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=setting.lr, fused=True)
+
+
+def clip_gradients(model: Any, most: float) -> None:
+    """Scale gradients down to the norm ``most``.
+
+    On a CPU the norm is read first: gradients within it need not be written again, and the word
+    embedding's alone is larger than all activations of a small batch. On a GPU reading would wait.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm.device.type != "cpu" or norm > most:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
 
 
 def collator(classifier: Classifier) -> Collator:

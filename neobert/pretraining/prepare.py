@@ -69,16 +69,16 @@ class Tokenizer:
 
     def __init__(self, data: Data) -> None:
         folder = tokenizer_folder(data.tokenizer, data.tokenizer_revision)
-        self._tokenizer = load_tokenizer(folder, None, "data.tokenizer")
-        backend = self._tokenizer.backend_tokenizer
+        self.fast = load_tokenizer(folder, None, "data.tokenizer")
+        backend = self.fast.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        self.vocabulary = _vocabulary(self._tokenizer, data.tokenizer)
+        self.vocabulary = _vocabulary(self.fast, data.tokenizer)
         content = backend.to_str() + repr(self.vocabulary)
         self.digest = hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def __call__(self, batch: Sequence[str]) -> list[list[int]]:
-        return self._tokenizer(
+        return self.fast(
             batch,
             add_special_tokens=False,
             return_attention_mask=False,

@@ -1,6 +1,7 @@
 """Recipes: nested dataclasses, read from YAML, changed by ``key=value``.
 
-A section is a frozen dataclass whose fields are numbers, strings, tables of numbers, or sections.
+A section is a frozen dataclass whose fields are numbers, strings, tables of numbers, lists of
+strings, or sections.
 Unknown keys, wrong types and values outside a rule are errors before any work starts.
 """
 
@@ -15,11 +16,17 @@ from typing import Any
 
 import yaml
 
+from neobert.pretraining.guard import Limits
+from neobert.pretraining.optimizer import Optimizer
 from neobert.pretraining.rules import at_least, error, one_of
+from neobert.pretraining.schedule import Schedule
 from neobert.readers import one_line
 
 LAYOUTS = ("packed", "padded")
 MASKINGS = ("mask", "bert")
+PRECISIONS = ("bfloat16", "float32")
+PARALLELS = ("ddp", "fsdp")
+TRACKERS = ("tensorboard", "wandb")
 SHORTEST = 3  # [CLS], one token, [SEP]
 
 _KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
@@ -141,11 +148,122 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Model:
+    """What is trained: a new NeoBERT, or one to go on with.
+
+    Attributes:
+        init_from: A run folder, a model folder or a hub id whose weights training starts from; None
+            draws new ones.
+        seed: Of the new weights.
+        hidden_size, num_hidden_layers, ...: as in `NeoBERTConfig`. What is None comes from
+            init_from, else it is the published 250M model's; vocab_size then is the tokenizer's,
+            max_length batch.max_length.
+    """
+
+    init_from: str | None = None
+    seed: int = 0
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
+    vocab_size: int | None = None
+    max_length: int | None = None
+    norm_eps: float | None = None
+    rope_theta: float | None = None
+    embedding_init_range: float | None = None
+    decoder_init_range: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least("model.seed", self.seed, 0)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The fields of `NeoBERTConfig` that are set."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k not in ("init_from", "seed") and v is not None}
+
+
+@dataclass(frozen=True)
+class Train:
+    """How steps are computed. How many there are: schedule.steps.
+
+    Attributes:
+        run: The run's folder: checkpoints, log, and in the end final/.
+        precision: "bfloat16": matrix products under autocast; weights are float32 in any case.
+        patch: Run on the fused operators; otherwise on the model's own PyTorch code.
+        gradient_checkpointing: Compute layers again in the backward pass instead of keeping them.
+        compile: torch.compile every layer.
+        parallel: "ddp": every rank has the model. "fsdp": FSDP2, every rank has a share.
+    """
+
+    run: str = ""
+    precision: str = "bfloat16"
+    patch: bool = True
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    parallel: str = "ddp"
+
+    def __post_init__(self) -> None:
+        one_of("train.precision", self.precision, PRECISIONS)
+        one_of("train.parallel", self.parallel, PARALLELS)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Checkpoints.
+
+    Attributes:
+        every: Steps between two.
+        keep_last: How many of the newest stay.
+        keep_every: Those of every so many steps stay for good; 0: none.
+        background: Write while training goes on.
+    """
+
+    every: int = 1000
+    keep_last: int = 2
+    keep_every: int = 10_000
+    background: bool = True
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.every", self.every, 1)
+        at_least("checkpoint.keep_last", self.keep_last, 1)
+        at_least("checkpoint.keep_every", self.keep_every, 0)
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What a run tells.
+
+    Attributes:
+        every: Steps between two records; the device is waited for only then.
+        evaluate: Steps between two evaluations on data.held_out; 0: only at the end.
+        trackers: "tensorboard", "wandb": also there, through accelerate.
+    """
+
+    every: int = 10
+    evaluate: int = 1000
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        at_least("log.every", self.every, 1)
+        at_least("log.evaluate", self.evaluate, 0)
+        for name in self.trackers:
+            one_of("log.trackers", name, TRACKERS)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All settings of a run."""
 
     data: Data
     batch: Batch = field(default_factory=Batch)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    checkpoint: Saving = field(default_factory=Saving)
+    log: Watching = field(default_factory=Watching)
+    guard: Limits = field(default_factory=Limits)
 
 
 def view_minimum(name: str) -> int:
@@ -230,6 +348,10 @@ def _value(kind: Any, value: object, name: str) -> Any:
             raise error(name, "a table of names and values", _shown(value))
         of = typing.get_args(kind)[1]
         return {str(key): _value(of, item, f"{name}.{key}") for key, item in value.items()}
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise error(name, "a list", _shown(value))
+        return tuple(_value(typing.get_args(kind)[0], item, name) for item in value)
     if kind is float:
         return _number(value, name)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from small_recipe import document_texts, write_tokenizer
+from training_runs import counting_store, recipe_of
 
 from neobert.pretraining.prepare import prepare
-from neobert.pretraining.recipe import Data
+from neobert.pretraining.recipe import Data, Recipe
 from neobert.pretraining.store import Store
 
 
@@ -44,3 +45,19 @@ def store(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Store:
         ),
         quiet=True,
     )
+
+
+@pytest.fixture(scope="session")
+def counting(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Store:
+    """Documents that a model can learn."""
+    return counting_store(tmp_path_factory.mktemp("counting"), tokenizer)
+
+
+@pytest.fixture
+def small(counting: Store, tokenizer: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """``small("name", section={...})``: a small run in a folder of that name."""
+
+    def make(name: str = "run", **changes: Any) -> Recipe:
+        return recipe_of(counting, tokenizer, tmp_path / name, **changes)
+
+    return make

@@ -19,8 +19,9 @@ COLUMNS = ("MNLI", "QNLI", "QQP", "RTE", "SST-2", "MRPC", "CoLA", "STS-B")
 NOTE = (
     "Development sets, in percent. A task with two metrics counts as their mean: MRPC and QQP "
     "accuracy and F1, STS-B Pearson and Spearman, MNLI matched and mismatched; CoLA is Matthews' "
-    f"correlation. The paper's {' and '.join(TEST_SERVER)} rows are scores of the test server. "
-    "The average is over all eight tasks, and is not given for fewer."
+    "correlation. Our average is over all eight tasks, and is not given for fewer. The paper's "
+    f"{' and '.join(TEST_SERVER)} rows are scores of the test server, whose average counts both "
+    "parts of MNLI."
 )
 
 assert set(COLUMNS) == set(AVERAGED)

@@ -13,9 +13,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from neobert import files
 from neobert.finetuning.schedule import Setting
@@ -80,13 +81,20 @@ class Run:
             _recover_best(folder)
         return cls(folder, as_read)
 
-    def claim(self, setting: Setting) -> BinaryIO | None:
-        """Hold a point that is neither finished nor another process's; close the file after."""
-        lock = files.try_lock(self.folder / "points" / f"{setting.name}.lock")
-        if lock is not None and self.find(setting) is not None:
-            lock.close()
-            return None
-        return lock
+    @contextmanager
+    def claim(self, setting: Setting) -> Iterator[bool]:
+        """Hold a point in a with statement: False if it is finished, or another process's."""
+        path = self.folder / "points" / f"{setting.name}.lock"
+        lock = None if self.find(setting) else files.try_lock(path)
+        if lock is None:
+            yield False
+            return
+        with lock:
+            # Another process may have finished it between the two lines above.
+            yield self.find(setting) is None
+        if self.find(setting):  # without a result the file stays, and harms nobody
+            with suppress(OSError):
+                path.unlink()
 
     def find(self, setting: Setting) -> Point | None:
         path = self._path(setting)

@@ -1,9 +1,7 @@
 """Work through a grid: one task, one model, every point that is not finished yet."""
 
-import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -110,10 +108,9 @@ class Sweep:
         trained = 0
         tokens: dict[str, Tokens] | None = None
         for number, setting in enumerate(self.settings, 1):
-            lock = run.claim(setting)
-            if lock is None:
-                continue
-            with lock:
+            with run.claim(setting) as is_ours:
+                if not is_ours:
+                    continue
                 torch.manual_seed(setting.seed)
                 classifier = self.load()
                 if tokens is None:
@@ -127,8 +124,6 @@ class Sweep:
                 run.record(setting, {**result.record(), "machine": machine(self.device)})
                 trained += 1
                 say(f"{where}: {_outcome(result)}")
-            with suppress(OSError):
-                (run.folder / "points" / f"{setting.name}.lock").unlink()
         return trained
 
     def _tokenized(self, classifier: Classifier) -> dict[str, Tokens]:
@@ -228,7 +223,7 @@ def machine(device: torch.device) -> dict[str, str]:
     """What a result was made on, and with."""
     import transformers
 
-    name = platform.processor() or platform.machine()
+    name = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return {

@@ -153,8 +153,19 @@ def missing(name: str, device: torch.device | str) -> str:
     return ""
 
 
-@torch.compiler.disable(reason="a peer of neobert_kernels.attention is not traced")
-def attend(
+def attend(name: str, *arguments: Any, lengths: Sequence[int] | None = None) -> Tensor:
+    """`attention` of checked arguments, in its order; ``lengths`` spare SDPA the synchronization.
+
+    Raises:
+        ValueError: The peer is not there, or not for this device, dtype, window or batch.
+    """
+    run = _attend
+    if torch.compiler.is_compiling():  # not a decorator, which would load the compiler for all
+        run = torch.compiler.disable(_attend, reason="attention's peers are not traced")
+    return run(name, *arguments, lengths=lengths)
+
+
+def _attend(
     name: str,
     q: Tensor,
     k: Tensor,
@@ -166,13 +177,9 @@ def attend(
     interleaved: bool = False,
     window: int | None = None,
     scale: float | None = None,
-    lengths: Sequence[int] | None = None,
+    *,
+    lengths: Sequence[int] | None,
 ) -> Tensor:
-    """`attention` of checked arguments by a peer; ``lengths`` spare SDPA the synchronization.
-
-    Raises:
-        ValueError: The peer is not there, or not for this device, dtype, window or batch.
-    """
     peer, kind = PEERS[name], q.device.type
     reason = missing(name, q.device)
     if reason:

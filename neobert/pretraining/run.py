@@ -1,0 +1,185 @@
+"""A run from its recipe to a model that others can load.
+
+RUN/recipe.yaml      the settings, all of them
+RUN/log.jsonl        what was measured (neobert.pretraining.log)
+RUN/checkpoints/     what a stopped run goes on from (neobert.pretraining.checkpoint)
+RUN/final/           the model in the end, with its tokenizer: `from_pretrained` loads it
+RUN/stopped/         where the guard stopped a run: the state then, and the batches' documents
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from neobert import files
+from neobert.heads import NeoBERTForMaskedLM
+from neobert.loading import quiet_loading
+from neobert.pretraining import log, start, state
+from neobert.pretraining.batches import steps
+from neobert.pretraining.checkpoint import OPTIMIZER, Saved, read, writing
+from neobert.pretraining.evaluation import Scores
+from neobert.pretraining.ranks import Ranks, open_ranks
+from neobert.pretraining.recipe import Recipe
+from neobert.pretraining.rules import error
+from neobert.pretraining.signals import Signals
+from neobert.pretraining.store import Store
+from neobert.pretraining.trainer import Trainer, checkpoints_of
+from neobert.pretraining.watch import Watch, open_trackers
+
+
+class Result(NamedTuple):
+    """A finished run: where its model is, its last scores where documents are held out, and
+    whether this process is rank 0."""
+
+    final: Path
+    scores: Scores | None
+    main: bool
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, allow_change: bool = False, quiet: bool = False
+) -> Result:
+    """Train what a recipe describes, from its finished store to its last step.
+
+    Args:
+        recipe: With ``train.run``.
+        resume: Go on from the run's newest whole checkpoint, or from the start if it has none.
+        allow_change: Of settings that leave shape and data as they are.
+        quiet: Nothing on stderr.
+
+    Raises:
+        InputError: The recipe, the store, the weights to start from, or a run that is not as the
+            recipe says; nothing was changed.
+        OutputError: The disk is full or fails; earlier checkpoints are kept.
+        DivergedError: A loss that is not finite, or far too high.
+        StoppedError: By SIGTERM or Ctrl-C; the run was saved.
+    """
+    if not recipe.train.run:
+        raise error("train.run", "a folder for the run", "none")
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(open_ranks())
+        signals = stack.enter_context(Signals())
+        store = Store.open(recipe.data.store)
+        tokenizer = start.store_tokenizer(recipe, store)
+        notes: list[str] = []
+        saved = None
+        if ranks.main:
+            stack.enter_context(_locked(Path(recipe.train.run), resume))
+            saved = checkpoints_of(recipe).newest(notes.append) if resume else None
+        # The other ranks take the same checkpoint, and need not read all of it to check it.
+        folder = ranks.from_main(None if saved is None else saved.folder)
+        if folder is not None and saved is None:
+            saved = read(folder, verify=False)
+        position = None
+        if saved is None:
+            model, origin = _begin(recipe, store, tokenizer, notes)
+            if resume:
+                notes.append("no whole checkpoint to resume from")
+            notes.append(origin)
+        else:
+            changes = start.require_same(saved.state["settings"], recipe, allow_change)
+            model, position = start.resumed_model(recipe, store, saved), saved.state["data"]
+            notes += [f"changed: {change}" for change in changes]
+            notes.append(f"resumed from {saved.folder} on {ranks.world} rank(s)")
+        batches = steps(
+            store,
+            recipe,
+            world=ranks.world,
+            rank=ranks.rank,
+            state=position,
+            allow_change=allow_change,
+        )
+        watch = None
+        if ranks.main:
+            watch = stack.enter_context(_watching(recipe, saved, quiet))
+            for text in notes:
+                watch.note(0 if saved is None else saved.step, text)
+        trainer = Trainer(recipe, store, model, ranks, signals, watch)
+        if saved is not None:
+            trainer.restore(saved.step, saved.state, saved.tensors(OPTIMIZER))
+        trainer.run(batches)
+        final = Path(recipe.train.run) / start.FINAL
+        _publish(trainer.model, tokenizer, recipe, final, ranks)
+        if watch is not None:
+            watch.say(f"the model is in {final}")
+        return Result(final, trainer.scores, ranks.main)
+
+
+@contextlib.contextmanager
+def _locked(run: Path, resume: bool) -> Iterator[None]:
+    """Hold the run's folder, new or to be resumed; a new one goes if nothing came into it."""
+    if run.exists() and not run.is_dir():
+        raise error("train.run", "a folder", f"the file {run}")
+    begun = [name for name in (start.CHECKPOINTS, log.NAME, start.FINAL) if (run / name).exists()]
+    if begun and not resume:
+        got = f"{run}, which has {begun[0]} (--resume goes on with it)"
+        raise error("train.run", "a new folder", got)
+    run.mkdir(parents=True, exist_ok=True)
+    held = files.lock(run, "train.run")
+    try:
+        yield
+    finally:
+        held.close()
+        if [path.name for path in run.iterdir()] == ["lock"]:
+            shutil.rmtree(run)
+
+
+def _begin(
+    recipe: Recipe, store: Store, tokenizer: Any, notes: list[str]
+) -> tuple[NeoBERTForMaskedLM, str]:
+    """The model of a new run, and where its weights come from."""
+    folder = start.source_folder(recipe, notes.append)
+    if folder is None:
+        config = start.model_config(recipe, store, None)
+        origin = f"new weights of seed {recipe.model.seed}"
+    else:
+        start.require_tokenizer(folder, tokenizer)
+        config = start.model_config(recipe, store, start.config_in(folder))
+        origin = f"weights from {folder}"
+    model = start.new_model(recipe, config, folder)
+    count = sum(p.numel() for p in model.parameters())
+    return model, f"{origin}, {count:,} parameters"
+
+
+@contextlib.contextmanager
+def _watching(recipe: Recipe, saved: Saved | None, quiet: bool) -> Iterator[Watch]:
+    """Rank 0's log and trackers, from the checkpoint on; what it left unfinished is gone."""
+    run = Path(recipe.train.run)
+    checkpoints, done = checkpoints_of(recipe), 0 if saved is None else saved.step
+    checkpoints.clean()
+    checkpoints.drop_after(done)
+    text = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
+    files.write_atomically(run / "recipe.yaml", text)
+    trackers = open_trackers(recipe.log.trackers, run / "trackers", start.settings(recipe))
+    with log.Log(run) as records:
+        records.truncate(done)
+        watch = Watch(records, recipe.schedule.steps, trackers, quiet)
+        try:
+            yield watch
+        finally:
+            watch.close()
+
+
+def _publish(
+    model: NeoBERTForMaskedLM, tokenizer: Any, recipe: Recipe, final: Path, ranks: Ranks
+) -> None:
+    """``final/``, whole or not at all; every rank calls it."""
+    tensors = state.model_tensors(model, ranks.main)
+    if not ranks.main:
+        return
+    partial = final.with_name(f"{final.name}.partial")
+    with writing(final, checkpoints_of(recipe)), quiet_loading():
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial, state_dict=tensors)
+        tokenizer.model_max_length = model.config.max_length
+        tokenizer.save_pretrained(partial)
+        for path in partial.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        files.replace_folder(partial, final)
