@@ -69,8 +69,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = _pick(config, option, known, chosen, functools.partial(_parameters, names=names))
     done = config.stash[JOURNAL].done if JOURNAL in config.stash else set()
     fresh = [item for item in chosen if item.nodeid not in done]
+    kept = set(map(id, fresh))
     config.stash[ALL_DONE] = bool(chosen) and not fresh
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(fresh)])
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = sorted(fresh, key=_importance)
 
 
