@@ -119,11 +119,17 @@ def test_candidates_differ_in_one_number_and_keep_what_the_shape_decides() -> No
     assert {f"warps={n}" for n in (2, 8)} <= near.keys()
     for value in near.values():
         assert sum(vars(value)[key] != vars(choice)[key] for key in vars(choice)) == 1
-    knob = next(k for k in tuning.KNOBS if k.name == "choose")
     tile = tiles.choose(64, torch.bfloat16, 90, 4096, True)
-    labels = tuning.candidates(knob, tile)
+    labels = {
+        label: value
+        for knob in tuning.KNOBS
+        if knob.name == "choose"
+        for label, value in tuning.candidates(knob, tile).items()
+    }
     assert {"forward.stages=4", "turn_inside=True", "forward=specialized"} <= labels.keys()
+    assert {"dq.inner=128", "dkv.registers=128"} <= labels.keys()
     assert not any("search" in label for label in labels)
+    assert all(isinstance(value, tiles.Tiles) and value != tile for value in labels.values())
 
 
 def test_a_sweep_measures_proposes_and_changes_nothing(tmp_path: Path) -> None:
