@@ -17,6 +17,9 @@ COMMANDS = {
     "encode": ("neobert.commands.encode", "embed a file, a folder or standard input"),
     "search": ("neobert.commands.search", "find the nearest texts in an encoded file"),
     "pretrain": ("neobert.commands.pretrain", "train NeoBERT on texts"),
+    "bench": ("neobert.commands.bench", "the least time a model can take; a report of results"),
+    "finetune": ("neobert.commands.finetune", "fine-tune a model on a benchmark"),
+    "evaluate": ("neobert.commands.evaluate", "evaluate models, and report results"),
     "aot": ("neobert_kernels.aot", "compile every kernel for a GPU without one"),
     "demo": ("neobert.demo", "embed real text, unpatched and patched, and compare"),
 }
@@ -79,7 +82,12 @@ def _run(arguments: list[str]) -> int:
             run = module.run
         else:
             subparsers.add_parser(name, help=summary)
-    args = parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments in one stretch; key=value may also follow an option.
+    if rest and hasattr(args, "changes") and all("=" in a and a[0] != "-" for a in rest):
+        args.changes += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     assert run is not None
     _check_unicode(args)
     return run(args) or 0

@@ -24,7 +24,9 @@ from neobert.pretraining.recipe import Batch, Data, Model, Recipe, Saving, Train
 from neobert.pretraining.run import train
 from neobert.pretraining.schedule import Schedule
 from neobert.pretraining.store import Store
+from neobert.pretraining.trainer import DivergedError, StoppedError, Trainer
 
+DIVERGED = 3  # exit code
 _processes = multiprocessing.get_context("forkserver")
 
 
@@ -154,34 +156,61 @@ def die_at_rename(recipe: Recipe, number: int) -> None:
     run(recipe)
 
 
-def terminate_at(recipe: Recipe, step: int, number: int = signal.SIGTERM) -> None:
-    """Sends itself a signal before this step, and exits with what the run raised."""
-    from neobert.pretraining.trainer import StoppedError, Trainer
-
-    real = Trainer._step
-
-    def step_of(self: Trainer, batches: Any) -> None:
-        if self.done == step:
-            os.kill(os.getpid(), number)
-        real(self, batches)
-
-    Trainer._step = step_of
+def signal_at(
+    recipe: Recipe, step: int, number: int = signal.SIGTERM, resume: bool = False
+) -> None:
+    """Sends itself a signal in this step, and exits with what the run raised."""
+    before_step(step, lambda trainer: os.kill(os.getpid(), number))
     try:
-        run(recipe)
+        run(recipe, resume)
     except StoppedError as stop:
         sys.exit(128 + stop.number)
 
 
-def on_ranks(world: int, recipe: Recipe, folder: Path, resume: bool = False) -> None:
-    """A run of several gloo processes."""
-    meeting = folder / f"meeting-{world}-{len(list(folder.glob('meeting-*')))}"
-    meeting.touch()
-    processes = [start(_one_rank, rank, world, recipe, meeting, resume) for rank in range(world)]
-    assert [finish(process) for process in processes] == [0] * world
+def before_step(step: int, act: Callable[[Trainer], None]) -> None:
+    """Let every trainer of this process do something before the step with this 0-based number."""
+    real = Trainer._step
+
+    def step_of(self: Trainer, batches: Any) -> None:
+        if self.done == step:
+            act(self)
+        real(self, batches)
+
+    Trainer._step = step_of  # type: ignore[method-assign]
 
 
-def _one_rank(rank: int, world: int, recipe: Recipe, meeting: Path, resume: bool) -> None:
+def poison(trainer: Trainer) -> None:
+    with torch.no_grad():
+        trainer.model.decoder.bias.fill_(float("nan"))
+
+
+def on_ranks(
+    world: int,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    stop: int = -1,
+    poisoned: int = -1,
+    code: int = 0,
+) -> None:
+    """A run of several gloo processes; the last gets a SIGTERM in step ``stop``."""
+    meeting = folder / f"meeting-{len(list(folder.glob('meeting-*')))}"
+    settings = (world, recipe, meeting, resume, stop, poisoned)
+    processes = [start(_one_rank, rank, *settings) for rank in range(world)]
+    assert [finish(process) for process in processes] == [code] * world
+
+
+def _one_rank(
+    rank: int, world: int, recipe: Recipe, meeting: Path, resume: bool, stop: int, poisoned: int
+) -> None:
     store = dist.FileStore(str(meeting), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    run(recipe, resume)
-    dist.destroy_process_group()
+    if poisoned >= 0:
+        before_step(poisoned, poison)
+    try:
+        signal_at(recipe, stop if rank == world - 1 else -1, signal.SIGTERM, resume)
+    except DivergedError:
+        sys.exit(DIVERGED)
+    finally:
+        dist.destroy_process_group()

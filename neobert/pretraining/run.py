@@ -142,8 +142,7 @@ def _begin(
         start.require_tokenizer(folder, tokenizer)
         config = start.model_config(recipe, store, start.config_in(folder))
         origin = f"weights from {folder}"
-    with quiet_loading():
-        model = start.new_model(recipe, config, folder)
+    model = start.new_model(recipe, config, folder)
     count = sum(p.numel() for p in model.parameters())
     return model, f"{origin}, {count:,} parameters"
 

@@ -157,7 +157,7 @@ def config_text(config: NeoBERTConfig) -> str:
 def new_model(recipe: Recipe, config: NeoBERTConfig, folder: Path | None) -> NeoBERTForMaskedLM:
     """A float32 model with the weights in ``folder``, or new ones of the recipe's seed."""
     if folder is not None:
-        return NeoBERTForMaskedLM.from_pretrained(folder, config=config, dtype=torch.float32)
+        return _load(folder, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.model.seed)
         return NeoBERTForMaskedLM(config)
@@ -173,4 +173,9 @@ def resumed_model(recipe: Recipe, store: Store, saved: Saved) -> NeoBERTForMaske
     config = model_config(recipe, store, None if recipe.model.init_from is None else base)
     shape = {key: getattr(config, key) for key in _SHAPE}
     _require(vars(base), shape, "resume", "the model of the checkpoint")
-    return NeoBERTForMaskedLM.from_pretrained(saved.folder, config=config, dtype=torch.float32)
+    return _load(saved.folder, config)
+
+
+def _load(folder: Path, config: NeoBERTConfig) -> NeoBERTForMaskedLM:
+    with loading.quiet_loading():
+        return NeoBERTForMaskedLM.from_pretrained(folder, config=config, dtype=torch.float32)

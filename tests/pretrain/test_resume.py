@@ -67,7 +67,7 @@ def test_a_kill_between_two_renames_costs_no_bit(number: int, small: Small, whol
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_at_once_and_ends(number: int, small: Small, whole: Path) -> None:
     recipe = small(checkpoint={"every": 100})
-    process = runs.start(runs.terminate_at, recipe, 6, number)
+    process = runs.start(runs.signal_at, recipe, 6, number)
     assert runs.finish(process) == 128 + number
     folder = Path(recipe.train.run)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000007"]
