@@ -27,7 +27,7 @@ def test_values_come_from_the_file_and_then_from_the_command_line(tmp_path: Path
     ("override", "message"),
     [
         ("data.colum=x", "data: expected one of the keys path, dataset, .*, got 'colum'"),
-        ("model.size=1", "recipe: expected one of the keys data, batch.*, got 'model'"),
+        ("mode.size=1", "recipe: expected one of the keys data, batch.*, got 'mode'"),
         ("batch.bins=many", "batch.bins: expected a whole number, got 'many'"),
         ("batch.bins=true", "batch.bins: expected a whole number, got True"),
         ("batch.bins=", "batch.bins: expected a whole number, got nothing"),

@@ -143,7 +143,7 @@ def test_a_few_first_losses_have_no_median() -> None:
 
 
 def test_a_resumed_guard_decides_as_the_first_one() -> None:
-    losses = [*falling(300), 2.5, 4.5, 4.3, 4.6, 9.0]
+    losses = [*falling(300), 2.5, 8.5, 8.3, 8.6, 2.1]
     whole, first = Guard(Limits(patience=2)), Guard(Limits(patience=2))
     expected = [whole.check(i, loss) for i, loss in enumerate(losses)]
     for cut in (0, 5, 100, 301, 302):
