@@ -3,12 +3,18 @@
 #   make demo      set up .venv, embed real text unpatched and patched, compare   (TEXTS=300, TEXTS=all)
 #   make test      everything that needs no GPU: lint, tests, interpreter, builds for GPUs, oldest stack
 #   make cpu-smoke pre-train a small NeoBERT on a CPU, both stages, in minutes      (RUN=folder)
-#   make gpu-test  the same tests with the kernels on this machine's GPU
+#   make gpu-test  every check that needs a GPU; then gpu-bench measures, gpu-tune proposes choices
+#                  (NOINSTALL=1 PYTHON=python3: with the machine's own packages; OUT=folder,
+#                  WHEELS=folder of peers, DEADLINE=seconds for each)
 
 PYTHON ?= python3
 VENV   ?= .venv
 COMPAT ?= .venv-compat
 TEXTS  ?= 3000
+OUT    ?=
+WHEELS ?=
+DEADLINE  ?= 510
+NOINSTALL ?=
 RUN    ?= runs/cpu_smoke
 JOBS   ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores > 8 ? 8 : cores)))
 
@@ -26,7 +32,7 @@ pytest  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist workstea
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install test lint format test-cpu support interpret aot compat demo cpu-smoke bench bench-quick \
-	report gpu-test gpu-bench clean
+	report gpu-test gpu-bench gpu-tune gpu-compare gpu-wheels clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -96,17 +102,37 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results
 	$(BIN)/python benchmarks/report.py
 
+# The whole suite at tiny sizes, and a report of it: shows that both work.
 bench-quick: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks --benchmark-only --quick
+	rm -rf build/quick
+	$(BIN)/python -m pytest benchmarks --benchmark-only --quick --results build/quick
+	$(BIN)/neobert bench --report build/quick
 
 report: $(VENV)/.dev
 	$(BIN)/python benchmarks/report.py --readme
 
-gpu-test: $(VENV)/.dev
-	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "no GPU that torch can use"'
-	$(BIN)/python -m pytest
+# Each ends by its deadline, most important first, and goes on where it ended when it is run again.
+SITE       := build/wheels
+GPU_PYTHON  = $(if $(NOINSTALL),$(PYTHON),$(BIN)/python)
+GPU_RUN     = PYTHONPATH=$(CURDIR):$(CURDIR)/$(SITE) $(GPU_PYTHON)
 
-gpu-bench: gpu-test bench
+gpu-wheels: $(if $(NOINSTALL),,$(VENV)/.dev)
+	$(if $(WHEELS),rm -rf $(SITE) && $(GPU_PYTHON) $(PIP) --no-index --no-deps --no-compile --target $(SITE) $(WHEELS)/*.whl)
+
+gpu-test: gpu-wheels
+	$(GPU_RUN) benchmarks/gpu_test.py --output $(or $(OUT),build/gpu) --deadline-s $(DEADLINE)
+
+gpu-bench: gpu-wheels
+	$(GPU_RUN) -c 'import torch; assert torch.cuda.is_available(), "no GPU that torch can use"'
+	$(GPU_RUN) -m pytest benchmarks --benchmark-only -p no:cacheprovider --resume \
+		--results $(or $(OUT),benchmarks/results) --deadline-s $(DEADLINE)
+
+gpu-tune: gpu-wheels
+	$(GPU_RUN) benchmarks/gpu_tune.py --output $(or $(OUT),build/gpu) --deadline-s $(DEADLINE)
+
+# The commit BASE and this one in turns; fails where this one is over 5 % slower than the spread.
+gpu-compare: gpu-wheels
+	$(GPU_RUN) benchmarks/compare_commits.py --output $(or $(OUT),build/gpu) --deadline-s $(DEADLINE)
 
 clean:
 	rm -rf $(VENV) $(COMPAT) build *.egg-info .*_cache .hypothesis .benchmarks

@@ -1,7 +1,7 @@
 """attention against pinned peers: fixed lengths and a ragged batch, forward and backward.
 
 RoPE is counted on both sides: peers get q and k from `nk.rope`. Matrix work is counted on real
-tokens, ``4 * H * D * sum(length**2)`` forward and 2.5 times that more backward.
+tokens, ``4 * H * D * sum(length**2)`` forward and 2.5 times that more backward (`neobert.floors`).
 """
 
 from collections.abc import Callable
@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from ceilings import Ceilings
 from parity import assert_parity, assert_within_budget
-from peers import Peer, attention_peers, installed
-from timing import columns, interleaved, over, rotated
+from peers import Peer, attention_peers
+from timing import columns, host_time, interleaved, over, peak_memory, ratios, rotated
 from torch import Tensor
 
 import neobert_kernels as nk
+from neobert.floors import operators
 from neobert_kernels import _runtime
 from neobert_kernels._packed import restarting_positions
 
@@ -64,8 +66,6 @@ def working(
     for name, peer in attention_peers(device).items():
         call = with_rope(peer)
         try:
-            if not installed(name):
-                raise ImportError("not installed")
             leaves = [x.detach().requires_grad_(training) for x in inputs]
             out = call(*leaves, lengths, *options)
             if training:
@@ -78,6 +78,7 @@ def working(
     return found, absent
 
 
+@pytest.mark.importance(1)
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("case", ["512", "1024", "2048", "4096", "ragged"])
 def test_attention(
@@ -121,31 +122,23 @@ def test_attention(
     variants = {
         name: over(sets, packed(f), gradients) for name, f in {"ours": ours, **peers}.items()
     }
-    size = 8192 if gpu else 256 if quick else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    ceilings = Ceilings(device, dtype, quick)
     timings = once(
-        lambda: interleaved(
-            variants | {"gemm": lambda _: a @ b}, rounds=3 if quick else 30, device=device
-        )
+        lambda: interleaved(variants | ceilings.variants, rounds=3 if quick else 30, device=device)
     )
-    flop = 4 * H * D * sum(n * n for n in lengths) * (3.5 if training else 1)
-    gemm = 2 * size**3 / timings["gemm"].median_s
-    rates = {name: flop / timings[name].median_s for name in variants}
-    memory = {}
-    if gpu:
-        for name, call in variants.items():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call(0)
-            memory[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    cost = operators.attention(lengths, H, D, dtype.itemsize, rotary=True)
+    if training:
+        cost = cost.plus(operators.attention_backward(lengths, H, D, dtype.itemsize, rotary=True))
+    memory = {f"{k}_peak_bytes": peak_memory(v, device) for k, v in variants.items()} if gpu else {}
+    host = host_time(variants, calls=3, rounds=3) if gpu else {}
     record(
         "attention",
         f"{'forward and backward' if training else 'forward'}, {case}, {T} tokens, "
         f"{str(dtype).removeprefix('torch.')}, {device}",
         implementation=_runtime.implementation("attention", device),
-        gemm_flop_per_s=gemm,
-        **{f"{name}_flop_per_s": rate for name, rate in rates.items()},
-        **{f"{name}_share_of_gemm": rate / gemm for name, rate in rates.items()},
+        **ceilings.against(cost, timings),
+        **ratios(timings),
+        **{f"{name}_host_s": timing.median_s for name, timing in host.items()},
         **memory,
         **absent,
         **columns(timings),

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from ceilings import Ceilings
 from parity import assert_parity
-from timing import Variant, columns, interleaved, ratios
+from timing import Variant, columns, interleaved, peak_memory, ratios
 from torch import Tensor
 
 import neobert_kernels as nk
+from neobert.floors import operators
 from neobert_kernels import _runtime
 
 C, TEMPERATURE = 768, 0.05
@@ -54,24 +56,19 @@ def test_info_nce(
         return lambda _: step(loss, tensors)
 
     variants = {name: variant(loss) for name, loss in losses.items()}
-    timings = once(
-        lambda: interleaved(variants, rounds=30 if gpu and not quick else 3, device=device)
+    ceilings = Ceilings(device, dtype, quick)
+    rounds = 30 if gpu and not quick else 3
+    timings = once(lambda: interleaved(variants | ceilings.variants, rounds=rounds, device=device))
+    cost = operators.info_nce(N, M, C, dtype.itemsize).plus(
+        operators.info_nce_backward(N, M, C, dtype.itemsize)
     )
-    memory = {}
-    if gpu:
-        for name, loss in losses.items():
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            step(loss, tensors)
-            torch.cuda.synchronize()
-            memory[name] = torch.cuda.max_memory_allocated() - before
+    memory = {name: peak_memory(call, device) for name, call in variants.items()} if gpu else {}
     record(
         "info_nce",
         f"forward and backward, {N} queries, {M} documents, width {C}, "
         f"{str(dtype).removeprefix('torch.')}, {device}",
         implementation=_runtime.implementation("info_nce", device),
-        # The products that any implementation needs: similarities, and two gradients.
-        ours_flop_per_s=6 * N * M * C / timings["ours"].median_s,
+        **ceilings.against(cost, timings),
         **ratios(timings),
         **{f"{name}_peak_bytes": value for name, value in memory.items()},
         **columns(timings),

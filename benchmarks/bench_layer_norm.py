@@ -6,7 +6,7 @@ liger-kernel has no residual form: there it is the sum, then its layer norm.
 from collections.abc import Callable
 
 import pytest
-from memory_bound import Subject, liger, normal
+from memory_bound import Subject, liger, norm_costs, normal
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,8 +38,7 @@ def subject(added: bool, width: int) -> Subject:
             nk.add_layer_norm_reference,
             after_sum(eager),
             normal(2, 2, width),
-            # x and residual to y and h; h, dy and dh to one gradient for both
-            moved=(4 * width, 8 * width),
+            cost=norm_costs(width, added=True, centered=True, bias=True),
             liger=after_sum(liger_layer_norm),
         )
     return Subject(
@@ -48,7 +47,7 @@ def subject(added: bool, width: int) -> Subject:
         nk.layer_norm_reference,
         eager,
         normal(1, 2, width),
-        moved=(2 * width, 5 * width),  # x to y; x and dy to dx
+        cost=norm_costs(width, added=False, centered=True, bias=True),
         liger=liger_layer_norm,
     )
 

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from ceilings import Ceilings
 from parity import assert_parity
-from timing import Timing, Variant, columns, host_time, interleaved, ratios
+from timing import Timing, Variant, columns, host_time, interleaved, peak_memory, ratios
 from torch import Tensor
 from torch.nn import functional as F
 
 import neobert_kernels as nk
+from neobert.floors import operators
 from neobert_kernels import _runtime
 
 C, V, SHARE = 768, 30_522, 0.2
@@ -97,15 +99,7 @@ def few_rounds(variants: dict[str, Variant], rounds: int) -> dict[str, Timing]:
     return host_time(variants, calls=1, rounds=rounds)
 
 
-def gpu_peak_bytes(call: Variant) -> int:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call(0)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
+@pytest.mark.importance(1)
 @pytest.mark.parametrize("tokens", [16_384])
 def test_linear_cross_entropy(
     tokens: int,
@@ -136,23 +130,29 @@ def test_linear_cross_entropy(
         return lambda _: step(loss, tensors)
 
     variants = {name: variant(loss) for name, loss in losses.items()}
+    ceilings = Ceilings(device, tensors[0].dtype, quick)
+    variants |= ceilings.variants
     if gpu:
         variants["products"] = products(tensors)
     measure = interleaved_on_gpu if gpu else few_rounds
     timings = once(lambda: measure(variants, 3 if quick or not gpu else 30))
     memory = {}
     if gpu:
-        memory = {name: gpu_peak_bytes(variants[name]) for name in losses}
+        memory = {name: peak_memory(variants[name], device) or 0 for name in losses}
     elif not quick and sys.platform == "linux":
         memory = {name: peak_bytes(name, tokens) for name in ("ours", "dense")}
     labelled = int((tensors[3] != -100).sum())
+    shape = (tokens, labelled, C, vocabulary, tensors[0].element_size(), True)
+    cost = operators.linear_cross_entropy(*shape).plus(
+        operators.linear_cross_entropy_backward(*shape)
+    )
     record(
         "linear_cross_entropy",
         f"forward and backward, {tokens} tokens, {labelled} labelled, V = {vocabulary}, "
         f"{str(tensors[0].dtype).removeprefix('torch.')}, {device}",
         implementation=_runtime.implementation("linear_cross_entropy", device),
         liger="measured" if "liger" in losses else "absent",
-        ours_flop_per_s=6 * labelled * C * vocabulary / timings["ours"].median_s,
+        **ceilings.against(cost, timings),
         **ratios(timings),
         **{
             f"memory_ratio_to_{name}": value / memory["ours"]

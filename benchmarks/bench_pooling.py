@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from ceilings import Ceilings
 from parity import assert_parity
 from timing import columns, interleaved, over, ratios, rotated
 from torch import Tensor
 from torch.nn import functional as F
 
 import neobert_kernels as nk
+from neobert.floors import operators
 from neobert_kernels import _runtime
 
 C = 768
@@ -77,24 +79,22 @@ def test_pooling(
     def pooled(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: function(x, bounds, normalize)
 
+    ceilings = Ceilings(device, dtype, quick)
+    calls = {key: over(sets, pooled(function), gradients) for key, function in variants.items()}
     timings = once(
-        lambda: interleaved(
-            {key: over(sets, pooled(function), gradients) for key, function in variants.items()},
-            rounds=3 if quick else 30,
-            device=device,
-        )
+        lambda: interleaved(calls | ceilings.variants, rounds=3 if quick else 30, device=device)
     )
-    # Tokens read (all, or the first ones) and vectors written; the other way in the backward.
-    vectors = len(lengths) * C
-    moved = (tokens * C if name == "mean_pool" else vectors) + vectors
-    moved += (tokens * C + vectors) * training
+    size = (tokens, len(lengths), C, dtype.itemsize)
+    cost = operators.mean_pool(*size) if name == "mean_pool" else operators.first_pool(*size[1:])
+    if training:
+        cost = cost.plus(operators.mean_pool_backward(*size))
     record(
         name,
         f"{'forward and backward' if training else 'forward'}, {batch} batch of {len(lengths)} "
         f"documents, {tokens} x {C}{', normalized' * normalize}, "
         f"{str(dtype).removeprefix('torch.')}, {device}",
         implementation=_runtime.implementation(name, device),
-        ours_bytes_per_s=moved * dtype.itemsize / timings["ours"].median_s,
+        **ceilings.against(cost, timings),
         **ratios(timings),
         **columns(timings),
     )

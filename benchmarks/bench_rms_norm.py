@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from memory_bound import Subject, liger, normal
+from memory_bound import Subject, liger, norm_costs, normal
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,7 +30,7 @@ def subject(name: str, width: int) -> Subject:
             nk.rms_norm_reference,
             eager_rms_norm,
             normal(1, 1, width),
-            moved=(2 * width, 5 * width),  # x to y; x and dy to dx
+            cost=norm_costs(width, added=False, centered=False),
             liger=liger("rms_norm", EPS, 0.0, "llama", IN_PLACE),
         )
     return Subject(
@@ -39,8 +39,7 @@ def subject(name: str, width: int) -> Subject:
         nk.add_rms_norm_reference,
         eager_add_rms_norm,
         normal(2, 1, width),
-        # x and residual to y and h; h, dy and dh to one gradient for both
-        moved=(4 * width, 8 * width),
+        cost=norm_costs(width, added=True, centered=False),
         liger=liger("fused_add_rms_norm", EPS, 0.0, "llama", IN_PLACE),
     )
 

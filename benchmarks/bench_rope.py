@@ -8,6 +8,7 @@ from memory_bound import Subject, liger
 from torch import Tensor
 
 import neobert_kernels as nk
+from neobert.floors import operators
 
 H, D = 12, 64
 liger_rope = liger("rope")
@@ -42,9 +43,8 @@ def test_rope(layout: str, training: bool, rows: int, compare: Callable[..., Non
         with_layout(nk.rope_reference),
         with_layout(nk.rope_reference),
         make,
-        moved=(2 * H * D, 4 * H * D),  # x to y; dy to dx
+        cost=lambda rows, e: (operators.rope(rows, H, D, e),) * 2,
         fixed=tables,
-        fixed_bytes=D * 4,
         liger="turns half-split pairs only" if pairs else of_liger,
     )
     compare(subject, f"{layout}, {rows} x {H} x {D}", rows, training)

@@ -1,7 +1,13 @@
-"""Options of the benchmarks, and the file their results go to."""
+"""Options of the benchmarks, their order and budget, and the file their results go to.
+
+A benchmark that is more important runs first; with ``--deadline-s`` those that would start too late
+are listed instead. ``importance(1)`` is the first, 2 the default, 3 the last.
+"""
 
 import functools
-from collections.abc import Callable
+import json
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +15,111 @@ import evidence
 import memory_bound
 import pytest
 import torch
+from timing import Timing
+
+from neobert_kernels.ops.attention.peers import VARIABLE
 
 RESULTS = pytest.StashKey[list[dict[str, Any]]]()
-WRITTEN = pytest.StashKey[Path]()
+JOURNAL = pytest.StashKey[evidence.Journal]()
+ALL_DONE = pytest.StashKey[bool]()
+BEGAN = pytest.StashKey[float]()
+COMMITTED = evidence.ROOT / "benchmarks" / "results"
+# Parameters that options pick from, under all the names that benchmarks give them.
+PICKED = {"--model": ("model",), "--case": ("case", "rows", "batch", "tokens")}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("neobert-kernels benchmarks")
     group.addoption("--quick", action="store_true", help="tiny sizes: does it run, not how fast")
     group.addoption("--results", type=Path, help="folder for <device>/<date>.json; none by default")
+    group.addoption("--resume", action="store_true", help="keep what the same code has measured")
+    group.addoption("--deadline-s", type=float, help="seconds after which none starts any more")
+    group.addoption("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    for name in ("--suite", *PICKED):
+        group.addoption(name, action="append", help=f"run this {name[2:]} only; may be repeated")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = []
-    if config.getoption("quick") and config.getoption("results"):
-        raise pytest.UsageError("--results: expected a full run, got --quick")
+    config.addinivalue_line("markers", "importance(n): 1 runs first, 3 last")
+    config.stash[RESULTS], config.stash[BEGAN] = [], time.monotonic()
+    threads = config.getoption("threads")
+    if threads is not None:
+        if threads < 1:
+            raise pytest.UsageError(f"--threads: expected at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    folder, quick = config.getoption("results"), config.getoption("quick")
+    if not folder:
+        if config.getoption("resume"):
+            raise pytest.UsageError("--resume: expected --results with it, got none")
+        return
+    if quick and folder.resolve() == COMMITTED:
+        raise pytest.UsageError(f"--results: expected a full run for {folder}, got --quick")
+    try:
+        journal = evidence.Journal(folder, quick=quick, resume=config.getoption("resume"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise pytest.UsageError(f"--results: expected readable results, got {error}") from error
+    config.stash[JOURNAL] = journal
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = items
+    suites = {item.path.stem.removeprefix("bench_") for item in items}
+    chosen = _pick(config, "--suite", suites, chosen, _suite)
+    for option, names in PICKED.items():
+        known = {value for item in items for value in _parameters(item, names)}
+        chosen = _pick(config, option, known, chosen, functools.partial(_parameters, names=names))
+    done = config.stash[JOURNAL].done if JOURNAL in config.stash else set()
+    fresh = [item for item in chosen if item.nodeid not in done]
+    config.stash[ALL_DONE] = bool(chosen) and not fresh
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(fresh)])
+    items[:] = sorted(fresh, key=_importance)
+
+
+def _suite(item: pytest.Item) -> set[str]:
+    return {item.path.stem.removeprefix("bench_")}
+
+
+def _parameters(item: pytest.Item, names: Iterable[str]) -> set[str]:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return {str(parameters[name]) for name in names if name in parameters}
+
+
+def _pick(
+    config: pytest.Config, option: str, known: set[str], items: list[pytest.Item],
+    values_of: Callable[[pytest.Item], set[str]],
+) -> list[pytest.Item]:  # fmt: skip
+    wanted = set(config.getoption(option.removeprefix("--")) or ())
+    for value in sorted(wanted - known):
+        raise pytest.UsageError(
+            f"{option}: expected one of {', '.join(sorted(known)) or 'none here'}, got {value!r}"
+        )
+    return [item for item in items if values_of(item) & wanted] if wanted else items
+
+
+def _importance(item: pytest.Item) -> int:
+    marks = [mark.args[0] for mark in item.iter_markers("importance")]
+    return marks[0] if marks else 2
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if seconds_left(item.config) <= 0:
+        if JOURNAL in item.config.stash:
+            item.config.stash[JOURNAL].not_reached.append(item.nodeid)
+        pytest.skip("not reached before --deadline-s")
+
+
+def seconds_left(config: pytest.Config) -> float:
+    limit = config.getoption("deadline_s")
+    return float("inf") if limit is None else config.stash[BEGAN] + limit - time.monotonic()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    folder, results = session.config.getoption("results"), session.config.stash[RESULTS]
-    if folder and results:
-        session.config.stash[WRITTEN] = evidence.write(folder, results)
+    if JOURNAL in session.config.stash:
+        journal = session.config.stash[JOURNAL]
+        if journal.results or journal.not_reached:
+            journal.write()
+    if session.config.stash.get(ALL_DONE, False):
+        session.exitstatus = pytest.ExitCode.OK  # a resumed run that had nothing left to do
 
 
 def pytest_terminal_summary(
@@ -39,18 +129,30 @@ def pytest_terminal_summary(
     for result in config.stash[RESULTS]:
         terminalreporter.write_line(f"{result['name']}: {result['case']}")
         for key, value in result["values"].items():
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                value = f"{len(value)} points"
             shown = f"{value:.4g}" if isinstance(value, float) else value
             terminalreporter.write_line(f"    {key} {shown}")
-    if WRITTEN in config.stash:
-        terminalreporter.write_line(f"written to {config.stash[WRITTEN]}")
+    if JOURNAL in config.stash:
+        journal = config.stash[JOURNAL]
+        terminalreporter.write_line(f"{len(journal.results)} results in {journal.path}")
+        for name in journal.not_reached:
+            terminalreporter.write_line(f"not reached: {name}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "rows" in metafunc.fixturenames and "compare" in metafunc.fixturenames:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        metafunc.parametrize(
-            "rows", memory_bound.rows_of(metafunc.config.getoption("quick"), device)
-        )
+        rows = memory_bound.rows_of(metafunc.config.getoption("quick"), device)
+        first = memory_bound.FIRST_ROWS
+        marks = {n: pytest.mark.importance(1 if n == first else 3) for n in rows}
+        metafunc.parametrize("rows", [pytest.param(n, marks=marks[n]) for n in rows])
+
+
+@pytest.fixture(autouse=True)
+def _ours_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment asks of `nk.attention`."""
+    monkeypatch.delenv(VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -64,23 +166,47 @@ def device() -> str:
 
 
 @pytest.fixture
+def left_s(request: pytest.FixtureRequest) -> Callable[[], float]:
+    """Seconds until the deadline; a sweep stops by it and keeps what it has."""
+    return functools.partial(seconds_left, request.config)
+
+
+@pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[..., None]:
     """``record(name, case, **values)`` files one result; numbers' names end in their unit."""
 
     def add(name: str, case: str, **values: Any) -> None:
-        request.config.stash[RESULTS].append({"name": name, "case": case, "values": values})
+        result = {"name": name, "case": case, "item": request.node.nodeid, "values": values}
+        request.config.stash[RESULTS].append(result)
+        if JOURNAL in request.config.stash:
+            request.config.stash[JOURNAL].add(result)
 
     return add
 
 
 @pytest.fixture
 def once(benchmark: Any) -> Callable[..., Any]:
-    """Run a whole comparison once under pytest-benchmark; it interleaves its variants itself."""
+    """Run a whole comparison once under pytest-benchmark; it interleaves its variants itself.
+
+    Where it returns timings, pytest-benchmark's table and its JSON get the rounds of our variant,
+    and the others' medians as extra information.
+    """
 
     def run(function: Callable[[], Any]) -> Any:
-        return benchmark.pedantic(function, rounds=1, iterations=1)
+        result = benchmark.pedantic(function, rounds=1, iterations=1)
+        if isinstance(result, dict) and all(isinstance(t, Timing) for t in result.values()):
+            show(benchmark, result)
+        return result
 
     return run
+
+
+def show(benchmark: Any, timings: dict[str, Timing]) -> None:
+    for name, timing in timings.items():
+        benchmark.extra_info |= timing.values(name) | {f"{name}_spread": timing.spread}
+    ours = next((timings[name] for name in ("ours", "patched") if name in timings), None)
+    if ours is not None and ours.samples and benchmark.stats is not None:
+        benchmark.stats.stats.data[:] = ours.samples
 
 
 @pytest.fixture

@@ -1,20 +1,40 @@
-"""What every measurement is filed with: the machine, the versions and the commit it came from."""
+"""What every measurement is filed with: the machine, the versions and the commit it came from.
+
+A `Journal` writes each result as it comes, so an interrupted run keeps what it has, and the next
+one goes on where the code, the machine and the versions are the same.
+"""
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
 import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 SCHEMA = 1
-PACKAGES = ("neobert-kernels", "torch", "triton", "transformers", "sentence-transformers", "numpy")
+PACKAGES = (
+    "neobert-kernels",
+    "torch",
+    "triton",
+    "transformers",
+    "sentence-transformers",
+    "numpy",
+    "liger-kernel",
+    "flash-attn",
+)
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("neobert_kernels", "neobert", "benchmarks", "tests/parity.py")
+# Of what nvidia-smi tells: what decides the speed, and what only describes the moment.
+GPU_FIELDS = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+GPU_MOMENT = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "pstate")
 
 
 def device_name() -> str:
@@ -46,9 +66,8 @@ def describe() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
     if torch.cuda.is_available():
-        machine["driver"] = _output(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        )
+        machine |= gpu_state(GPU_FIELDS)
+        machine["driver"] = machine.pop("driver_version", "unknown")
         machine["cuda"] = torch.version.cuda
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -59,28 +78,104 @@ def describe() -> dict[str, Any]:
     return {
         "machine": machine,
         "versions": versions,
-        "commit": _output("git", "rev-parse", "HEAD"),
+        "commit": commit(),
         "clean": _output("git", "status", "--porcelain", "--untracked-files=no") == "",
+        "source": source(),
     }
 
 
-def write(folder: Path, results: list[dict[str, Any]]) -> Path:
-    """Save ``results`` as ``folder/<device>/<date>.json`` and return the path.
+def commit() -> str:
+    """The checked-out commit; where there is no git, what the variable COMMIT says."""
+    found = _output("git", "rev-parse", "HEAD")
+    return os.environ.get("COMMIT", found) if found == "unknown" else found
 
-    A second run on one day adds to the first one's file where it measured something else, and
-    replaces what it measured again.
+
+def source() -> str:
+    """A digest of the code that was measured, changes that are not committed included."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        path = ROOT / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(f"{file.relative_to(ROOT)}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def gpu_state(fields: Iterable[str] = GPU_MOMENT) -> dict[str, str]:
+    """What nvidia-smi says of the first GPU; nothing where it is missing or refuses."""
+    fields = tuple(fields)
+    line = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    values = [value.strip() for value in line.partition("\n")[0].split(",")]
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+class Journal:
+    """The results of one run in ``folder/<device>/<date>.json``, written after each of them.
+
+    A file holds results of one machine, one set of versions, and full or quick runs alone; where
+    the day's file has others, the next number is taken. Results of several commits may share it,
+    and each says which it is from. ``resume``: what was measured from the same code stays and is
+    not measured again.
     """
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    path = folder / slug(device_name()) / f"{date}.json"
-    evidence = describe()
-    fresh = [
-        {**result, "commit": evidence["commit"], "clean": evidence["clean"]} for result in results
-    ]
-    measured = {(r["name"], r["case"]) for r in fresh}
-    if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))["results"]
-        fresh = [r for r in earlier if (r["name"], r["case"]) not in measured] + fresh
-    document = {"schema": SCHEMA, "date": date, **evidence, "results": fresh}
+
+    def __init__(self, folder: Path, *, quick: bool = False, resume: bool = False) -> None:
+        self.evidence = describe()
+        self.date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        self.quick, self.resume = quick, resume
+        self.not_reached: list[str] = []
+        self.path = self._own_file(folder / slug(device_name()))
+        found = _read(self.path)
+        self.results: list[dict[str, Any]] = found["results"] if found else []
+        self.done = {
+            result["item"]
+            for result in self.results
+            if resume and result.get("source") == self.evidence["source"] and "item" in result
+        }
+
+    def _own_file(self, folder: Path) -> Path:
+        number = 1
+        while True:
+            suffix = "-quick" * self.quick + f"-{number}" * (number > 1)
+            path = folder / f"{self.date}{suffix}.json"
+            found = _read(path)
+            same = ("machine", "versions")
+            if found is None or all(found.get(key) == self.evidence[key] for key in same):
+                return path
+            number += 1
+
+    def add(self, result: dict[str, Any]) -> None:
+        """File one result in place of an older one of the same name and case."""
+        fresh = {**result, **{key: self.evidence[key] for key in ("commit", "clean", "source")}}
+        state = gpu_state() if torch.cuda.is_available() else {}
+        if state:
+            fresh["gpu"] = state
+        same = (result["name"], result["case"])
+        self.results = [r for r in self.results if (r["name"], r["case"]) != same] + [fresh]
+        self.write()
+
+    def write(self) -> None:
+        document: dict[str, Any] = {
+            "schema": SCHEMA,
+            "date": self.date,
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            **({"quick": True} if self.quick else {}),
+            **self.evidence,
+            **({"not_reached": self.not_reached} if self.not_reached else {}),
+            "results": self.results,
+        }
+        write_json(self.path, document)
+
+
+def write(folder: Path, results: list[dict[str, Any]]) -> Path:
+    """Save ``results`` and return the path; see `Journal`."""
+    journal = Journal(folder)
+    for result in results:
+        journal.add(result)
+    return journal.path
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Replace ``path`` at once, so that a kill leaves either the old or the new text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -89,7 +184,10 @@ def write(folder: Path, results: list[dict[str, Any]]) -> Path:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    return path
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _output(*command: str) -> str:

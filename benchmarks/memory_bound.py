@@ -1,7 +1,8 @@
 """A memory-bound operator against eager PyTorch, torch.compile and liger-kernel, in one run.
 
-Every byte is counted once, whatever an implementation really moves, and the ceiling is a copy that
-is timed in the same rounds. The time of a call on one row is the host's: a GPU takes less.
+Bytes are those of `neobert.floors`, each counted once whatever an implementation really moves, and
+the ceiling is a copy that is timed in the same rounds. The time of a call on one row is the host's:
+a GPU takes less.
 """
 
 import importlib
@@ -12,25 +13,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ceilings import Ceilings
 from parity import assert_parity
 from timing import Variant, columns, host_time, interleaved, over, ratios, rotated
 from torch import Tensor
 
+from neobert.floors import Cost, operators
 from neobert_kernels import _runtime
 
 Function = Callable[..., Any]
 GPU_ROWS = (512, 4096, 16384, 65536)
-# So much is copied at once that no cache holds it.
-COPIED_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
+FIRST_ROWS = 16384  # the most telling of them: a batch of NeoBERT
 
 
 @dataclass(frozen=True)
 class Subject:
     """What is compared: functions of the tensors that ``make`` and then ``fixed`` return.
 
-    Only those of ``make`` get gradients. The forward, and forward and backward, read and write
-    ``moved`` elements per row, and each direction ``fixed_bytes`` of the other tensors.
-    liger-kernel takes what ``for_liger`` makes of ours.
+    Only those of ``make`` get gradients. ``cost`` is of so many rows of elements of so many bytes,
+    for the forward and for the backward. liger-kernel takes what ``for_liger`` makes of ours.
     """
 
     name: str
@@ -38,9 +39,8 @@ class Subject:
     reference: Function
     eager: Function
     make: Callable[[int, str, torch.dtype], list[Tensor]]
-    moved: tuple[int, int]
+    cost: Callable[[int, int], tuple[Cost, Cost]]
     fixed: Callable[[int, str], list[Tensor]] = lambda rows, device: []
-    fixed_bytes: int = 0
     liger: Function | str = "no such operator"
     for_liger: Callable[[list[Tensor]], list[Tensor]] = list
 
@@ -101,14 +101,12 @@ def compare(
         return over(sets, function, [[torch.randn_like(out) for out in outs] for _ in sets])
 
     variants = {name: variant(name, rows) for name in functions}
-    size = 1 << 20 if quick else COPIED_BYTES[device]
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    variants["copy"] = lambda _: target.copy_(source)
-    timings = once(lambda: interleaved(variants, rounds=3 if quick else 30, device=device))
-    copied = 2 * size / timings.pop("copy").median_s
-    moved = subject.moved[training] * dtype.itemsize + subject.fixed_bytes * (1 + training)
-    bytes_per_s = {name: moved * rows / timing.median_s for name, timing in timings.items()}
+    ceilings = Ceilings(device, dtype, quick)
+    timings = once(
+        lambda: interleaved(variants | ceilings.variants, rounds=3 if quick else 30, device=device)
+    )
+    forward, backward = subject.cost(rows, dtype.itemsize)
+    cost = forward.plus(backward) if training else forward
     host = {}
     if not training:
         calls = {name: variant(name, 1) for name in functions}
@@ -118,13 +116,11 @@ def compare(
         f"{'forward and backward' if training else 'forward'}, {case}, "
         f"{str(dtype).removeprefix('torch.')}, {device}",
         implementation=_runtime.implementation(subject.name, device),
-        copy_bytes_per_s=copied,
-        ours_share_of_copy=bytes_per_s["ours"] / copied,
-        **{f"{name}_bytes_per_s": value for name, value in bytes_per_s.items()},
+        **ceilings.against(cost, timings),
         **ratios(timings),
         **({"liger_absent": missing} if missing else {}),
         **columns(timings),
-        **columns({f"{name}_one_row": timing for name, timing in host.items()}),
+        **{f"{name}_host_s": timing.median_s for name, timing in host.items()},
     )
 
 
@@ -165,6 +161,14 @@ def normal(
         return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
 
     return make
+
+
+def norm_costs(width: int, **style: bool) -> Callable[[int, int], tuple[Cost, Cost]]:
+    """A `Subject.cost` of a norm."""
+    return lambda rows, e: (
+        operators.norm(rows, width, e, **style),
+        operators.norm_backward(rows, width, e, **style),
+    )
 
 
 def _with(function: Function, fixed: list[Tensor]) -> Function:

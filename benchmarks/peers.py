@@ -1,74 +1,28 @@
-"""Other attentions on packed ``q, k, v [T, H, D]``, each pinned to one implementation.
+"""Other attentions on packed ``q, k, v [T, H, D]``: the library's peers, and FlexAttention.
 
-A peer is never a fallback of ours: it runs where a benchmark names it, and one that is missing or
-refuses its input is reported as absent, with the reason.
+One that is missing or refuses its input is reported as absent, with the reason.
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from neobert_kernels._packed import document_of_token
+from neobert_kernels.ops.attention.peers import PEERS, attend
 
 Peer = Callable[[Tensor, Tensor, Tensor, list[int], Tensor], Tensor]
-PINNED = {
-    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa_math": SDPBackend.MATH,
-}
 
 
-def sdpa(
-    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], cu_seqlens: Tensor
-) -> Tensor:
-    """Padded to the longest document; a ragged batch pays for padding, unpadding and its mask."""
-    B, S = len(lengths), max(lengths)
-    if min(lengths) == S:
-        parts = [x.unflatten(0, (B, S)).transpose(1, 2) for x in (q, k, v)]
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(*parts).transpose(1, 2).flatten(0, 1)
-    row, rows = _slots(tuple(lengths), q.device)
-    q, k, v = (
-        x.new_zeros(B * S, *x.shape[1:]).index_copy(0, rows, x).unflatten(0, (B, S)).transpose(1, 2)
-        for x in (q, k, v)
-    )
-    with sdpa_kernel(backend):
-        out = scaled_dot_product_attention(q, k, v, attn_mask=row)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, rows)
+def of_library(name: str) -> Peer:
+    """A peer of `nk.attention`, told the lengths, so that none waits for the device."""
 
+    def peer(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], cu_seqlens: Tensor) -> Tensor:
+        return attend(name, q, k, v, cu_seqlens, max(lengths), lengths=lengths)
 
-@functools.cache
-def _slots(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The mask of real keys ``[B, 1, 1, S]``, and each token's row in the padded batch."""
-    S = max(lengths)
-    real = torch.arange(S, device=device) < torch.tensor(lengths, device=device)[:, None]
-    return real[:, None, None], real.flatten().nonzero().squeeze(1)
-
-
-def torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], cu_seqlens: Tensor) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    longest = max(lengths)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
-    assert isinstance(out, Tensor)
-    return out
-
-
-def flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], cu_seqlens: Tensor, deterministic: bool
-) -> Tensor:
-    module: Any = importlib.import_module("flash_attn")
-    longest = max(lengths)
-    return module.flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, deterministic=deterministic
-    )
+    return peer
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], cu_seqlens: Tensor) -> Tensor:
@@ -103,17 +57,6 @@ def _compiled_flex() -> Any:
 
 
 def attention_peers(device: str) -> dict[str, Peer]:
-    """Every peer there may be on ``device``; `working` finds out which there are."""
-    peers: dict[str, Peer] = {
-        name: functools.partial(sdpa, backend) for name, backend in PINNED.items()
-    }
-    if device == "cuda":
-        peers |= {"torch_varlen": torch_varlen, "flex": flex}
-        for name, fixed in (("flash_attn", False), ("flash_attn_deterministic", True)):
-            peers[name] = functools.partial(flash_attn, deterministic=fixed)
-    return peers
-
-
-def installed(name: str) -> bool:
-    """Whether a peer's package is there at all."""
-    return not name.startswith("flash_attn") or importlib.util.find_spec("flash_attn") is not None
+    """Every peer there may be on ``device``; a benchmark finds out which there are."""
+    peers = {name: of_library(name) for name in PEERS}
+    return peers | {"flex": flex} if device == "cuda" else peers

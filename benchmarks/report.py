@@ -133,8 +133,9 @@ ROWS: tuple[tuple[str, str, str, tuple[str, ...], Cells, str], ...] = (
 
 
 def results(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every result with the document it is filed in, newest document first."""
+    """Every result with the document it is filed in, newest document first; of no quick run."""
     documents = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*/*.json"))]
+    documents = [document for document in documents if not document.get("quick")]
     for document in sorted(documents, key=lambda d: d["date"], reverse=True):
         for result in document["results"]:
             yield document, result

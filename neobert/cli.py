@@ -17,6 +17,9 @@ COMMANDS = {
     "encode": ("neobert.commands.encode", "embed a file, a folder or standard input"),
     "search": ("neobert.commands.search", "find the nearest texts in an encoded file"),
     "pretrain": ("neobert.commands.pretrain", "train NeoBERT on texts"),
+    "bench": ("neobert.commands.bench", "the least time a model can take; a report of results"),
+    "finetune": ("neobert.commands.finetune", "fine-tune a model on a benchmark"),
+    "evaluate": ("neobert.commands.evaluate", "evaluate models, and report results"),
     "aot": ("neobert_kernels.aot", "compile every kernel for a GPU without one"),
     "demo": ("neobert.demo", "embed real text, unpatched and patched, and compare"),
 }

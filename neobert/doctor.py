@@ -48,6 +48,7 @@ class Diagnosis:
     cpu: str = ""
     device: str = "cpu"
     checks: list[dict[str, Any]] = field(default_factory=list)
+    attention_peers: dict[str, str] = field(default_factory=dict)  # why not; empty: it runs
     advice: list[str] = field(default_factory=list)
     usable: bool = True
 
@@ -167,12 +168,13 @@ def _look_at_devices(found: Diagnosis) -> None:
 def _check_operators(found: Diagnosis) -> None:
     import torch
 
-    from neobert.selfcheck import run_checks
+    from neobert.selfcheck import attention_peers, run_checks
 
     on_gpu = found.device == "cuda"
     dtypes = (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,)
     checks = run_checks(found.device, dtypes)
     found.checks = [asdict(check) for check in checks]
+    found.attention_peers = attention_peers(found.device)
     failed = [check for check in checks if not check.passed]
     if failed:
         found.usable = False
@@ -196,6 +198,9 @@ def as_text(found: Diagnosis) -> str:
         lines += [f"CPU {found.cpu}"]
     if found.checks:
         lines += ["", *_check_table(found)]
+    if found.attention_peers:
+        lines += ["", "other attentions, for those who ask (docs/attention.md)"]
+        lines += [f"{name}: {why or 'runs'}" for name, why in found.attention_peers.items()]
     lines += ["", *(found.advice or ["nothing to fix"])]
     lines += [f"usable: {'yes' if found.usable else 'no'}"]
     return "\n".join(lines)

@@ -128,7 +128,7 @@ class Encoder:
             OSError: The model cannot be found or read.
         """
         _check_options(dtype, max_tokens, max_length, threads, pooling)
-        where = _device(device)
+        where = find_device(device)
         folder = model_folder(model, revision)
         family = model_family(folder, patched)
         settings = read_settings(folder)
@@ -364,7 +364,7 @@ def _check_options(
         raise ValueError(f"threads: expected 1 to {cores} (this machine's cores), got {threads}")
 
 
-def _device(device: str | None) -> torch.device:
+def find_device(device: str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,14 +56,35 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 def lock(folder: Path, name: str = "output") -> BinaryIO:
     """Hold the folder until the process ends, however it ends."""
-    file = open(folder / "lock", "wb")  # noqa: SIM115
+    file = try_lock(folder / "lock")
+    if file is None:
+        raise InputError(f"{name}: expected one job in {folder}, got a second one")
+    return file
+
+
+def try_lock(path: Path) -> BinaryIO | None:
+    """Hold ``path`` until the file is closed or the process ends; None if another one holds it."""
+    return _locked(path, wait=False)
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Wait for ``path`` and hold it for a short while, one process after the other."""
+    file = _locked(path, wait=True)
+    assert file is not None
+    with file:
+        yield
+
+
+def _locked(path: Path, wait: bool) -> BinaryIO | None:
+    file = open(path, "wb")  # noqa: SIM115
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         file.close()
-        raise InputError(f"{name}: expected one job in {folder}, got a second one") from None
+        return None
     except (ImportError, OSError):
         pass  # Windows, or a file system without locks: the user takes care
     return file

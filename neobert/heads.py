@@ -40,6 +40,7 @@ def cross_entropy(
 ) -> Tensor:
     """Mean over the labels that are not ``ignore_index``, or the sum over ``items``, in float32."""
     labels = labels.to(logits.device).flatten()
+    _check.within("labels", labels, logits.shape[-1], ignore_index)
     total = F.cross_entropy(
         wide(logits).flatten(0, -2), labels, ignore_index=ignore_index, reduction="sum"
     )

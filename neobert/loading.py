@@ -34,6 +34,19 @@ def model_folder(model: str | os.PathLike[str], revision: str | None) -> Path:
     return path
 
 
+def model_name(model: str, name: str | None = None) -> str:
+    """What reports call a model: as given, else a hub id as it is or a folder's last name.
+
+    Raises:
+        ValueError: No folder can have this name.
+    """
+    path = Path(model)
+    name = name if name is not None else (path.resolve().name if path.is_dir() else model)
+    if not name.strip() or name.startswith(".") or "\\" in name:
+        raise ValueError(f"name: expected a name that a folder can have, got {name!r}")
+    return name
+
+
 def tokenizer_folder(name: str, revision: str | None = None) -> Path:
     """The local folder of a tokenizer, downloading a hub id's files (and no weights) if needed."""
     return _folder(name, revision, _TOKENIZER_FILES, "tokenizer")

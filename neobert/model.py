@@ -33,6 +33,7 @@ from neobert import checkpoint
 from neobert.config import NeoBERTConfig
 from neobert_kernels import _check
 from neobert_kernels._packed import restarting_positions
+from neobert_kernels.patching.batch import given_boundaries
 
 
 class Documents(NamedTuple):
@@ -45,15 +46,8 @@ class Documents(NamedTuple):
 
 def documents_of(kwargs: dict[str, Any]) -> Documents | None:
     """The packed layout among ``forward``'s keywords, under Hugging Face's names or upstream's."""
-    for lengths, longest in (("cu_seq_lens_q", "max_length_q"), ("cu_seqlens", "max_seqlen")):
-        if kwargs.get(lengths) is None:
-            if kwargs.get(longest) is not None:  # one document of all tokens, silently
-                raise _check.error(lengths, f"the documents beside {longest}", None)
-            continue
-        if kwargs.get(longest) is None:
-            raise _check.error(longest, f"the longest length beside {lengths}", None)
-        return Documents(kwargs[lengths], int(kwargs[longest]), (lengths, longest))
-    return None
+    found, names = given_boundaries(dict(kwargs))
+    return None if found is None else Documents(*found, names)
 
 
 def eager_attention(

@@ -5,6 +5,7 @@ the same dtype, plus a rounding floor. Where the reference itself runs, that hol
 a plain limit on the relative error stands beside it: it finds a broken matrix library or a bad GPU.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from neobert_kernels import _runtime
 from neobert_kernels._runtime import Operator
+from neobert_kernels.ops.attention import peers
 from neobert_kernels.ops.rope import rope_table_reference
 
 FLOOR_ULPS = 2
@@ -72,6 +74,27 @@ def check(operator: Operator, device: str, dtype: torch.dtype = torch.float32) -
     # Written so that NaN fails.
     passed = share <= 1 and relative <= LIMITS[dtype]
     return result(relative, share, passed, "" if passed else "too far from float64")
+
+
+def attention_peers(device: str) -> dict[str, str]:
+    """Every peer of attention, and why it does not run on ``device``; empty where it does."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    x = torch.ones(32, 2, 64, dtype=dtype, device=device)
+    bounds = torch.tensor([0, 16, 32], dtype=torch.int32, device=device)
+
+    def reason(name: str) -> str:
+        absent = peers.missing(name, device)
+        if absent:
+            return absent
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, which say less than its error
+                peers.attend(name, x, x, x, bounds, 16)
+        except Exception as error:  # whatever a driver or package raises is the reason
+            return " ".join(str(error).split())[:100]
+        return ""
+
+    return {name: reason(name) for name in peers.PEERS}
 
 
 def _measure(operator: Operator, device: str, dtype: torch.dtype) -> tuple[float, float]:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     )
     from neobert_kernels.patching import PatchReport, patch, patched, unpatch
     from neobert_kernels.patching.interface import register_attention, unregister_attention
+    from neobert_kernels.patching.trainer import PatchCallback
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ _WHERE = {
     "ops.swiglu": ("geglu", "gelu_mul", "silu_mul", "swiglu"),
     "patching": ("PatchReport", "patch", "patched", "unpatch"),
     "patching.interface": ("register_attention", "unregister_attention"),
+    "patching.trainer": ("PatchCallback",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 _MODULE_OF |= {
@@ -78,6 +80,7 @@ _MODULE_OF |= {
 
 __all__ = [
     "Packing",
+    "PatchCallback",
     "PatchReport",
     "add_layer_norm",
     "add_layer_norm_reference",

@@ -52,6 +52,53 @@ def like(name: str, value: Any, other_name: str, other: Tensor) -> None:
             raise error(name, f"the {what} of {other_name} ({_plain(theirs)})", _plain(mine))
 
 
+def output(name: str, value: Tensor, source_name: str, source: Tensor) -> None:
+    """``value`` receives a result of ``source``, of one shape and dtype; it may be that view.
+
+    Otherwise no element may share memory with another, of either.
+    """
+    if torch.compiler.is_compiling() or not value.numel():
+        return
+    dims = _by_stride(value)
+    reach = 0
+    for stride, size in reversed(dims):
+        if stride <= reach:
+            rule = "elements that share no memory (no expanded or overlapping view)"
+            raise error(name, rule, f"shape {tuple(value.shape)} with strides {value.stride()}")
+        reach += stride * (size - 1)
+    apart = value.data_ptr() - source.data_ptr()
+    same = dims == _by_stride(source)
+    if same and apart == 0:
+        return
+    last = sum(stride * (size - 1) for stride, size in _by_stride(source))
+    if not -reach - 1 < apart / value.element_size() < last + 1:
+        return
+    steps, rest = divmod(apart, value.element_size())
+    if rest or not same or _meet(steps, dims):
+        rule = f"{source_name} itself, or memory that it does not share with {source_name}"
+        raise error(name, rule, "a view that overlaps it")
+
+
+def _by_stride(value: Tensor) -> list[tuple[int, int]]:
+    """Strides and sizes of the dimensions that move, the farthest first."""
+    pairs = zip(value.stride(), value.shape, strict=True)
+    return sorted((pair for pair in pairs if pair[1] > 1), reverse=True)
+
+
+def _meet(apart: int, dims: Sequence[tuple[int, int]]) -> bool:
+    """Whether two views of ``dims``, ``apart`` elements from each other, share one.
+
+    A dimension's stride is farther than all smaller dimensions reach, so two steps can be right.
+    """
+    if not dims:
+        return apart == 0
+    (stride, size), *smaller = dims
+    near = apart // stride
+    return any(
+        abs(step) < size and _meet(apart - step * stride, smaller) for step in (near, near + 1)
+    )
+
+
 def channels(name: str, value: Any, weight_name: str, weight: Any, most: int) -> None:
     """``value [..., C]`` in a supported dtype with a matching ``weight [C]`` on its device."""
     tensor(name, value, least_ndim=1)
@@ -75,6 +122,18 @@ def positive(name: str, value: float, *, zero: bool = False) -> None:
         raise error(
             name, "a finite number, at least 0" if zero else "a finite number over 0", value
         )
+
+
+def within(name: str, value: Tensor, size: int, ignored: int | None = None) -> None:
+    """Indices into ``size`` things, or ``ignored``; looked at on a CPU only."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = (value < 0) | (value >= size)
+    if ignored is not None:
+        outside &= value != ignored
+    if outside.any():
+        rule = f"values in 0..{size - 1}" + ("" if ignored is None else f" or {ignored}")
+        raise error(name, rule, int(value[outside][0]))
 
 
 def flag(name: str, value: Any) -> None:

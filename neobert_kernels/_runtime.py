@@ -52,13 +52,17 @@ class Launch:
 
 @dataclass(frozen=True)
 class Operator:
-    """A public function, its contract, and its kernels (none while it has only a reference)."""
+    """A public function, its contract, and its kernels (none while it has only a reference).
+
+    ``peer()`` is the name of what the environment asks for instead, or None.
+    """
 
     name: str
     public: Callable
     reference: Callable
     kernels: tuple[Any, ...] = ()
     launches: Callable[[int], Iterator[Launch]] | None = None
+    peer: Callable[[], str | None] = lambda: None
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -69,10 +73,11 @@ def operator(
     reference: Callable,
     kernels: tuple[Any, ...] = (),
     launches: Callable[[int], Iterator[Launch]] | None = None,
+    peer: Callable[[], str | None] = lambda: None,
 ) -> None:
     """Enter a public function into `OPERATORS`, where doctor, aot and the tests find it."""
     name = public.__name__
-    OPERATORS[name] = Operator(name, public, reference, kernels, launches)
+    OPERATORS[name] = Operator(name, public, reference, kernels, launches, peer)
 
 
 def load_operators() -> dict[str, Operator]:
@@ -84,9 +89,15 @@ def load_operators() -> dict[str, Operator]:
 
 
 def implementation(name: str, device: torch.device | str = "cpu") -> str:
-    """What runs for operator ``name``: "triton", "triton-interpreter" or "reference"."""
+    """What runs for operator ``name``: "triton", "triton-interpreter" or "reference".
+
+    For attention it may be the name of a peer, where ``NEOBERT_ATTENTION`` asks for one.
+    """
     if name not in OPERATORS and name not in load_operators():
         raise _check.error("name", f"an operator ({', '.join(sorted(OPERATORS))})", repr(name))
+    peer = OPERATORS[name].peer()
+    if peer is not None:
+        return peer
     if not OPERATORS[name].kernels or not _triton.AVAILABLE:
         return "reference"
     if torch.device(device).type == "cuda":

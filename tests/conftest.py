@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # read by Triton; pins FMA contraction
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ.pop("NEOBERT_ATTENTION", None)  # what is tested is ours
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -25,6 +26,15 @@ def _seed_and_poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--repeats", type=int, default=2, help="runs that must give the same bits")
+
+
+@pytest.fixture
+def repeats(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("repeats"))
 
 
 @pytest.fixture

@@ -45,6 +45,7 @@ class Encoder:
         first_position: Position of a document's first token.
         longest: The most tokens a document may have, or None.
         lora: Names of Linear layers for LoRA.
+        eps: The config's name for that of all norms.
     """
 
     config: Callable[..., Any]
@@ -54,6 +55,7 @@ class Encoder:
     padding: int = 0
     first_position: int = 0
     longest: int | None = 64
+    eps: str = "layer_norm_eps"
 
     def base(self, **changes: Any) -> nn.Module:
         return getattr(self.library, f"{self.prefix}Model")(self.config(**changes))
@@ -106,6 +108,7 @@ ENCODERS = {
         "ModernBert",
         lora=("Wqkv", "Wo", "Wi"),
         longest=None,
+        eps="norm_eps",
     ),
     "nomic_bert": Encoder(
         _config(tf.NomicBertConfig, max_position_embeddings=64),
@@ -127,12 +130,14 @@ ENCODERS = {
         "EuroBert",
         lora=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"),
         longest=None,
+        eps="rms_norm_eps",
     ),
     "neobert": Encoder(
         _config(neobert.NeoBERTConfig, max_length=64, intermediate_size=96, classifier_dropout=0.0),
         neobert,
         "NeoBERT",
         lora=("qkv", "wo", "w12", "w3"),
+        eps="norm_eps",
     ),
 }
 

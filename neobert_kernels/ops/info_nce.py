@@ -12,12 +12,12 @@ Rounding: at a temperature of 0.01 what a cosine lacks reaches the gradient a hu
 lengths, in float64 first, divide after the products, and no similarity is rounded: with the row's
 ``m``, the largest ``q d^``, ``s - max s`` is ``(q d / |d| - m) / (|q| temperature)``, where a fused
 multiply-add rounds the difference, and what ``1 / |d|`` in float32 lacks is added to it. float32
-products are IEEE float32, summed in blocks of channels that a compensated sum adds; 16-bit inputs
-are multiplied as they are and summed in float32. In the backward, ``w N`` over the other vector's
-length is rounded to the inputs' dtype before it multiplies that vector as it is, and what is taken
-out along the own vector is summed from the same rounded numbers: the gradient stays exact where its
-parts nearly cancel, as in a trained encoder. float16 weights are scaled to fill their range. Sums
-are float32, and a gradient is rounded once more. No atomics.
+products are IEEE float32, summed in blocks of channels that a compensated sum adds, or float64
+below 64 channels; 16-bit inputs are multiplied as they are and summed in float32. In the backward,
+``w N`` over the other vector's length is rounded to the inputs' dtype before it multiplies that
+vector as it is, and what is taken out along the own vector is summed from the same rounded numbers:
+the gradient stays exact where its parts nearly cancel, as in a trained encoder. float16 weights are
+scaled to fill their range. Sums are float32, and a gradient is rounded once more. No atomics.
 
 Source: van den Oord et al. 2018, arXiv:1807.03748, equation 4.
 """
@@ -61,22 +61,33 @@ def _products(
 ):  # fmt: skip
     """A tile of inner products of rows of a and rows of b, and what is missing from its sums.
 
-    Blocks of float32 inputs are added by Kahan's sum. Sums of 16-bit inputs stay in the tensor
-    cores, and what they lack, far below the rounding of the gradient, is returned as 0.
+    Blocks of float32 inputs are added by Kahan's sum; few channels have few blocks to add, and go
+    through float64. Sums of 16-bit inputs stay in the tensor cores, and what they lack, far below
+    the rounding of the gradient, is returned as 0.
     """
-    products = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-    missing = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-    for start in range(0, C, BLOCK_C):
-        column = start + tl.arange(0, BLOCK_C)
-        a = _load_tile(a_ptr, a_row, A, a_stride, column, C, WIDE)
-        b = _load_tile(b_ptr, b_row, B, b_stride, column, C, WIDE)
-        if a_ptr.dtype.element_ty == tl.float32:
-            added = tl.dot(a, tl.trans(b), input_precision="ieee") + missing
-            total = products + added
-            missing = added - (total - products)
-            products = total
-        else:
-            products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
+    if a_ptr.dtype.element_ty == tl.float32 and C < 64:
+        total = tl.zeros((BLOCK_A, BLOCK_B), tl.float64)
+        for start in range(0, C, BLOCK_C):
+            column = start + tl.arange(0, BLOCK_C)
+            a = _load_tile(a_ptr, a_row, A, a_stride, column, C, WIDE).to(tl.float64)
+            b = _load_tile(b_ptr, b_row, B, b_stride, column, C, WIDE).to(tl.float64)
+            total = tl.dot(a, tl.trans(b), total, out_dtype=tl.float64)
+        products = total.to(tl.float32)
+        missing = (total - products.to(tl.float64)).to(tl.float32)
+    else:
+        products = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+        missing = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+        for start in range(0, C, BLOCK_C):
+            column = start + tl.arange(0, BLOCK_C)
+            a = _load_tile(a_ptr, a_row, A, a_stride, column, C, WIDE)
+            b = _load_tile(b_ptr, b_row, B, b_stride, column, C, WIDE)
+            if a_ptr.dtype.element_ty == tl.float32:
+                added = tl.dot(a, tl.trans(b), input_precision="ieee") + missing
+                total = products + added
+                missing = added - (total - products)
+                products = total
+            else:
+                products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
     return products, missing
 
 
@@ -420,7 +431,8 @@ def _launches(sm: int) -> Iterator[_runtime.Launch]:
     types = dict.fromkeys((f"{name}_ptr" for name in scalars), "*fp32")
     types["temperature"] = "fp32"
     for dtype in _check.DTYPES:
-        for C in (768, 1024) if dtype == torch.bfloat16 else (768,):
+        more = {torch.bfloat16: 1024, torch.float32: 48}.get(dtype)
+        for C in (768, more) if more else (768,):
             for kernel, backward in ((_forward_kernel, False), (_backward_kernel, True)):
                 tile = choice(dtype.itemsize, backward)
                 for queries in (True, False) if backward and C == 768 else (True,):

@@ -35,7 +35,7 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fals
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = cos.to(wide.dtype)[:, None], sin.to(wide.dtype)[:, None]
     a, b = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
-    pair = (a * cos - b * sin, a * sin + b * cos)
+    pair = (torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin))
     turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
     return turned.to(x.dtype)
 
@@ -392,14 +392,15 @@ def rope(
         x: ``[T, H, D]``; float32, float16 or bfloat16; any strides.
         cos, sin: ``[T, D / 2]`` float32, from `rope_table`; constants, without a gradient.
         interleaved: True for pairs ``(2i, 2i + 1)`` (NeoBERT), False for ``(i, i + D / 2)``.
-        out: Receives the result; the shape, dtype and device of ``x``, any strides. It may be
-            ``x`` itself (in place), and is not differentiable, as everywhere in PyTorch.
+        out: Receives the result; the shape, dtype and device of ``x``, any strides with which
+            no two elements share memory. It may be ``x`` itself (in place) and otherwise shares
+            none with it. Not differentiable, as everywhere in PyTorch.
 
     Returns:
         ``[T, H, D]`` in ``x.dtype``; ``out`` where it was given.
 
     Raises:
-        ValueError: A shape, dtype or device breaks the rules above.
+        ValueError: A shape, dtype, device or (not under torch.compile) an overlap breaks the rules.
     """
     _check.tensor("x", x, ndim=3)
     _check.dtype("x", x)
@@ -407,6 +408,7 @@ def rope(
     _check.flag("interleaved", interleaved)
     if out is not None:
         _check.like("out", out, "x", x)
+        _check.output("out", out, "x", x)
         if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
             raise _check.error("out", "None where a gradient is recorded", "a tensor")
         _rotation_into(x, cos, sin, interleaved, out)

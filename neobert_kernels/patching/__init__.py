@@ -17,7 +17,13 @@ import torch
 from torch import nn
 
 from neobert_kernels import _check, _runtime
-from neobert_kernels.patching.family import OPTIONS, Family, Options, base_forward
+from neobert_kernels.patching.family import (
+    OPTIONS,
+    Family,
+    Options,
+    base_forward,
+    replacement_on,
+)
 
 _MODELS = "transformers.models"
 # Class of the base model: the module whose ``FAMILY`` describes it.
@@ -117,11 +123,12 @@ def patch(
         ValueError: No supported encoder is inside, it is already patched, or part of it is not as
             its family builds it. Nothing is changed then, and the unpatched model still works.
     """
-    options = Options(packed_output, mlm_logits, labelled_rows_only)
-    _check_options(options)
+    options = checked_options(
+        packed_output=packed_output, mlm_logits=mlm_logits, labelled_rows_only=labelled_rows_only
+    )
     if not isinstance(model, nn.Module):
         raise _check.error("model", "a torch.nn.Module", type(model).__name__)
-    if next(_patched(model), None) is not None:
+    if is_patched(model):
         raise _check.error("model", "an unpatched model (unpatch it first)", "a patched one")
     _check_readers(model)
     families: dict[str, str] = {}
@@ -145,7 +152,8 @@ def patch(
     for each in replacements:
         _check_plain_forward(each)
     for each in replacements:
-        each.module.forward = types.MethodType(each.forward, each.module)
+        if replacement_on(each.module) is None:  # else a wrapper kept it through `unpatch`
+            each.module.forward = types.MethodType(each.forward, each.module)
         each.module.__dict__[OPTIONS] = options
     _runtime.load_operators()
     return PatchReport(
@@ -159,6 +167,9 @@ def patch(
 def unpatch(model: nn.Module) -> None:
     """Give every patched module inside ``model`` its own forward back.
 
+    Where someone wrapped our forward after `patch`, as accelerate does for mixed precision, the
+    wrapper stays, around the module's own forward.
+
     Raises:
         ValueError: Nothing inside ``model`` is patched.
     """
@@ -168,7 +179,8 @@ def unpatch(model: nn.Module) -> None:
     if not patched_modules:
         raise _check.error("model", "a patched model", "one that is not patched")
     for module in patched_modules:
-        del module.forward
+        if module.__dict__["forward"].__func__ is replacement_on(module):
+            del module.forward
         del module.__dict__[OPTIONS]
 
 
@@ -179,23 +191,29 @@ def patched(model: nn.Module, **options: bool | None) -> Iterator[PatchReport]:
     try:
         yield report
     finally:
-        if next(_patched(model), None) is not None:
+        if is_patched(model):
             unpatch(model)
 
 
-def _check_options(options: Options) -> None:
+def is_patched(model: nn.Module) -> bool:
+    return next(_patched(model), None) is not None
+
+
+def checked_options(**values: bool | None) -> Options:
+    """The keyword arguments of `patch`, checked."""
+    options = Options(**values)  # type: ignore[arg-type]
     for name, value in vars(options).items():
         if not isinstance(value, bool) and not (name == "mlm_logits" and value is None):
             raise _check.error(name, "True or False", repr(value))
     if options.labelled_rows_only and options.mlm_logits:
         rule = "False where mlm_logits are wanted at every token"
         raise _check.error("labelled_rows_only", rule, True)
+    return options
 
 
 def _patched(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
-        own = module.__dict__.get("forward")
-        if getattr(getattr(own, "__func__", None), "_neobert_kernels", False):
+        if OPTIONS in module.__dict__ and replacement_on(module) is not None:
             yield module
 
 
@@ -278,7 +296,7 @@ def _check_parameters(name: str, base: nn.Module) -> None:
 def _check_plain_forward(each: Replacement) -> None:
     own = each.module.__dict__.get("forward")
     plain = getattr(own, "__func__", None) is type(each.module).forward  # from a pickle
-    if own is not None and not plain:
+    if own is not None and not plain and replacement_on(each.module) is not each.forward:
         raise _check.error(
             "model",
             "modules with the forward of their class",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from neobert_kernels import _check
 from neobert_kernels._packed import Packing, full, restarting_positions, unpad
@@ -57,7 +58,7 @@ def read_batch(
         tokens: ``input_ids [B, S]`` or ``inputs_embeds [B, S, C]``.
         attention_mask: ``[B, S]`` or None for a batch without padding.
         position_ids: ``[B, S]`` or ``[1, S]``. With one row and no mask, positions that restart at
-            ``first`` mean packed documents.
+            ``first`` mean packed documents, and those that restart elsewhere are refused.
         kwargs: May hold ``cu_seq_lens_q`` and ``max_length_q`` (or ``cu_seqlens`` and
             ``max_seqlen``) of a packed ``[1, T]`` input; they are taken out.
         longest: The model's maximum length in tokens, or None.
@@ -110,7 +111,7 @@ def boundaries(
     first: int,
 ) -> tuple[Tensor, int] | None:
     """``(cu_seqlens, max_seqlen)`` of an input ``[1, T, ..]`` that the caller packed, else None."""
-    found, names = _given_boundaries(kwargs)
+    found, names = given_boundaries(kwargs)
     if found is not None:
         if len(tokens) != 1:
             raise _check.error("input_ids", "one row when packed", f"{len(tokens)} rows")
@@ -121,16 +122,21 @@ def boundaries(
     if position_ids is None or attention_mask is not None or len(tokens) != 1:
         return None
     positions = position_ids[0]
-    starts = (positions == first).nonzero().squeeze(1)
+    # A document begins where the count does, or where it falls back to something else, which is
+    # refused below. ``first - 1`` is a padding id inside a text (RoBERTa).
+    falls = F.pad(positions.diff() <= 0, (1, 0)) & (positions != first - 1)
+    starts = ((positions == first) | falls).nonzero().squeeze(1)
     _refuse_other_count(positions, first, 2)
-    if len(starts) < 2:
+    if len(starts) < 2 and not falls[starts].any():
         return None
     if len(starts) == len(positions):
         rule = "documents of more than one token (for others pass cu_seq_lens_q and max_length_q)"
         raise _check.error("position_ids", rule, f"{first} at every token")
     bounds = torch.cat([starts, starts.new_tensor([len(positions)])]).int()
     if int(bounds[0]):
-        raise _check.error("position_ids", f"a first position of {first}", int(positions[0]))
+        rule = f"documents from position {first} on (for others pass cu_seq_lens_q, max_length_q)"
+        got = f"{int(positions[0])} at the first token, a restart at token {int(bounds[0])}"
+        raise _check.error("position_ids", rule, got)
     expected = restarting_positions(bounds, len(positions)) + first
     if not torch.equal(positions, expected.to(positions)):
         rule = f"{first}, {first + 1}, {first + 2}, ... from each restart"
@@ -163,7 +169,7 @@ _PAIRS = (("cu_seq_lens_q", "max_length_q"), ("cu_seqlens", "max_seqlen"))
 _KEYS = ("cu_seq_lens_k", "max_length_k")
 
 
-def _given_boundaries(
+def given_boundaries(
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Tensor, int] | None, tuple[str, str]]:
     """The one pair of boundaries and length in ``kwargs``, with its names; all are taken out."""

@@ -20,8 +20,10 @@ from neobert_kernels.patching.blocks import (
     expect,
     heads_of,
     layer_norm,
+    look_up,
     refuse_attention_dropout,
     run_post_norm,
+    word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
 
@@ -72,12 +74,12 @@ def layers(base: Any) -> Iterator[tuple[str, nn.Module]]:
 def embed(base: Any, batch: Batch, tokens: Tensor, extras: dict[str, Tensor]) -> Tensor:
     """Word, position and token-type vectors summed and normalized, ``[T, C]``."""
     embeddings = base.embeddings
-    x = tokens if tokens.is_floating_point() else embeddings.word_embeddings(tokens)
+    x = word_vectors(embeddings.word_embeddings, tokens)
     types = extras.get("token_type_ids")
     if types is None:
         types = torch.zeros_like(batch.positions)
-    x = x + embeddings.token_type_embeddings(types)
-    positions = embeddings.position_embeddings(batch.positions)
+    x = x + look_up(embeddings.token_type_embeddings, types, "token_type_ids")
+    positions = look_up(embeddings.position_embeddings, batch.positions, "position_ids")
     return embeddings.dropout(layer_norm(embeddings.LayerNorm, positions, x)[0])
 
 

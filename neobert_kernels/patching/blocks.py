@@ -81,6 +81,19 @@ def heads_of(x: Tensor, head_size: int) -> Tensor:
     return x.unflatten(-1, (-1, head_size))
 
 
+def look_up(table: Any, ids: Tensor, name: str) -> Tensor:
+    """An embedding of ``ids``; outside of the table they are named, on a CPU."""
+    rows = getattr(table, "num_embeddings", None)  # not of every wrapper around an embedding
+    if rows is not None:
+        _check.within(name, ids, rows)
+    return table(ids)
+
+
+def word_vectors(table: Any, tokens: Tensor) -> Tensor:
+    """``[T, C]`` from ids, or the vectors that the caller gave in their place."""
+    return tokens if tokens.is_floating_point() else look_up(table, tokens, "input_ids")
+
+
 def at(rows: Tensor | None, x: Tensor) -> Tensor:
     """``x`` at ``rows``, all of it if they are None."""
     return x if rows is None else x.index_select(0, rows)

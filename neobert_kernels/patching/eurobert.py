@@ -9,7 +9,14 @@ import neobert_kernels as nk
 from neobert_kernels import _check
 from neobert_kernels.patching import heads
 from neobert_kernels.patching.batch import Batch
-from neobert_kernels.patching.blocks import Context, at, expect, rms_norm, run_pre_norm
+from neobert_kernels.patching.blocks import (
+    Context,
+    at,
+    expect,
+    rms_norm,
+    run_pre_norm,
+    word_vectors,
+)
 from neobert_kernels.patching.family import Family, Packed, replacement
 from neobert_kernels.patching.rotary import (
     attend,
@@ -45,7 +52,7 @@ def layers(base: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def embed(base: Any, batch: Batch, tokens: Tensor, extras: dict[str, Tensor]) -> Tensor:
-    return tokens if tokens.is_floating_point() else base.embed_tokens(tokens)
+    return word_vectors(base.embed_tokens, tokens)
 
 
 def _norm(norm: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:

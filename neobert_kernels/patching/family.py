@@ -92,14 +92,29 @@ class Family:
     check_head: Callable[[Any], None] | None = None
 
 
+MARK = "_neobert_kernels"
+
+
 def replacement(fn: Callable) -> Callable:
     """Mark ``fn`` as ours, so that `unpatch` finds it on a module, also on a deep copy.
 
     Pickle stores a bound method as its name: under this one a stored module is a plain one.
     """
-    fn.__dict__["_neobert_kernels"] = True
+    fn.__dict__[MARK] = fn
     fn.__name__ = "forward"
     return fn
+
+
+def replacement_on(module: nn.Module) -> Callable | None:
+    """Our function behind a module's own ``forward``, also within a wrapper (accelerate's)."""
+    forward = module.__dict__.get("forward")
+    forward = getattr(forward, "__func__", forward)
+    while forward is not None:
+        found = getattr(forward, MARK, None)
+        if found is not None:
+            return found
+        forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 def in_place_of(cls: type, fn: Callable) -> Callable:
@@ -107,12 +122,15 @@ def in_place_of(cls: type, fn: Callable) -> Callable:
 
     The signature matters: the Trainer drops data columns that it does not name, and callers pass
     arguments by position. ``inputs`` holds the arguments by name; a variable keyword is merged in.
+    On an unpatched module, inside a wrapper that outlived the patch, it is ``cls.forward``.
     """
     signature = inspect.signature(cls.forward)  # type: ignore[attr-defined]
     kinds = [p for p in signature.parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
     names = tuple(p.name for p in kinds)[1:]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, OPTIONS, None) is None:
+            return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         if len(args) > len(names):
             raise TypeError(f"forward takes {len(names)} positional arguments, got {len(args)}")
         for name, value in zip(names, args, strict=False):

@@ -92,10 +92,15 @@ def _labels(name: str, labels: Tensor, packed: Batch, like: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor, items: Any = None) -> Tensor:
     """Mean over the labels that count, or their sum over ``items``; in float32 at least."""
+    _check_labels(labels, logits.shape[-1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if items is None:
         return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum") / items
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    _check.within("labels", labels, classes, IGNORE_INDEX)
 
 
 # --- masked LM
@@ -255,6 +260,7 @@ def classification_loss(self: Any, logits: Tensor, labels: Tensor, items: Any = 
             raise _check.error("labels", f"{logits.numel()} values", labels.numel())
         return F.mse_loss(logits.flatten(), labels.flatten())
     if config.problem_type == "single_label_classification":
+        _check_labels(labels, config.num_labels)
         return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
     return F.binary_cross_entropy_with_logits(logits, labels)
 
@@ -302,7 +308,10 @@ def multiple_choice(classify: Pool) -> Maker:
             }
             packed = _call_base(self, flat, HeadCall())
             logits = classify(self, packed).view(-1, choices)
-            loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
+            loss = None
+            if labels is not None:
+                _check_labels(labels, choices)
+                loss = F.cross_entropy(logits, labels.to(logits.device))
             kind = "MultipleChoiceModelOutput"
             return _output(self, kind, packed, return_dict, loss=loss, logits=logits)
 
@@ -315,6 +324,7 @@ def multiple_choice(classify: Pool) -> Maker:
 
 
 def token_loss(self: Any, logits: Tensor, labels: Tensor, items: Any = None) -> Tensor:
+    _check_labels(labels, logits.shape[-1])
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
 
 

@@ -203,8 +203,9 @@ def varlen_attention(
     if left != right:
         raise _check.error("window_size", "the same distance on both sides", window_size)
     _check.shape("k", k, (len(q), *k.shape[1:]))
-    lengths = {"cu_seq_lens_q": cu_seqlens_q, "cu_seq_lens_k": cu_seqlens_k}
-    bounds = boundaries(q[None], None, None, lengths | {"max_length_q": max_seqlen_q}, 0)
+    lengths: dict[str, Any] = {"cu_seq_lens_q": cu_seqlens_q, "cu_seq_lens_k": cu_seqlens_k}
+    lengths |= {"max_length_q": max_seqlen_q, "max_length_k": max_seqlen_k}
+    bounds = boundaries(q[None], None, None, lengths, 0)
     assert bounds is not None
     window = None if left < 0 else left
     return nk.attention(q, k, v, *bounds, window=window, scale=softmax_scale)

@@ -18,6 +18,7 @@ from neobert_kernels.patching.blocks import (
     refuse_attention_dropout,
     rotated,
     run_pre_norm,
+    word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
 
@@ -93,7 +94,7 @@ def layers(base: Any) -> Iterator[tuple[str, Any]]:
 
 def embed(base: Any, batch: Batch, tokens: Tensor, extras: dict[str, Tensor]) -> Tensor:
     embeddings = base.embeddings
-    x = tokens if tokens.is_floating_point() else embeddings.tok_embeddings(tokens)
+    x = word_vectors(embeddings.tok_embeddings, tokens)
     return embeddings.drop(layer_norm(embeddings.norm, x, None)[0])
 
 

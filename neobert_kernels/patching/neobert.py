@@ -8,7 +8,15 @@ from torch import Tensor, nn
 import neobert_kernels as nk
 from neobert_kernels.patching import heads
 from neobert_kernels.patching.batch import Batch
-from neobert_kernels.patching.blocks import Context, at, expect, rms_norm, rotated, run_pre_norm
+from neobert_kernels.patching.blocks import (
+    Context,
+    at,
+    expect,
+    rms_norm,
+    rotated,
+    run_pre_norm,
+    word_vectors,
+)
 from neobert_kernels.patching.family import Family, Packed, replacement
 
 OPERATORS = (
@@ -35,7 +43,7 @@ def layers(base: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def embed(base: Any, batch: Batch, tokens: Tensor, extras: dict[str, Tensor]) -> Tensor:
-    return tokens if tokens.is_floating_point() else base.encoder(tokens)
+    return word_vectors(base.encoder, tokens)
 
 
 @replacement

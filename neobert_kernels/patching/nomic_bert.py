@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from neobert_kernels.patching import bert, heads
 from neobert_kernels.patching.batch import Batch
-from neobert_kernels.patching.blocks import Context, at, expect, layer_norm, run_post_norm
+from neobert_kernels.patching.blocks import (
+    Context,
+    at,
+    expect,
+    layer_norm,
+    look_up,
+    run_post_norm,
+    word_vectors,
+)
 from neobert_kernels.patching.family import Family, replacement
 from neobert_kernels.patching.rotary import (
     attend,
@@ -46,11 +54,12 @@ def layers(base: Any) -> Iterator[tuple[str, nn.Module]]:
 def embed(base: Any, batch: Batch, tokens: Tensor, extras: dict[str, Tensor]) -> Tensor:
     """Word and token-type vectors summed and normalized, ``[T, C]``."""
     embeddings = base.embeddings
-    x = tokens if tokens.is_floating_point() else embeddings.word_embeddings(tokens)
+    x = word_vectors(embeddings.word_embeddings, tokens)
     types = extras.get("token_type_ids")
     if types is None:
         types = torch.zeros_like(batch.positions)
-    y, _ = layer_norm(embeddings.LayerNorm, x, embeddings.token_type_embeddings(types))
+    kinds = look_up(embeddings.token_type_embeddings, types, "token_type_ids")
+    y, _ = layer_norm(embeddings.LayerNorm, x, kinds)
     return embeddings.dropout(y)
 
 

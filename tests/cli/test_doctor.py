@@ -15,6 +15,7 @@ import torch
 from neobert import doctor, selfcheck
 from neobert.cli import main
 from neobert_kernels import _runtime
+from neobert_kernels.ops.attention import peers
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -147,6 +148,33 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     doctor._look_at_devices(found)
     assert (found.device, found.gpus) == ("cuda", ["Old GPU, sm_75, 16 GiB"])
     assert "older than the kernels support" in found.advice[0]
+
+
+def test_attention_peers_are_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(*_: Any) -> None:
+        raise RuntimeError("no such\nkernel")
+
+    monkeypatch.setitem(peers.PEERS, "sdpa_math", peers.Peer(refuses, cpu=[torch.float32]))
+    monkeypatch.setattr(doctor, "_look_at_devices", lambda found: None)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "\nsdpa_flash: runs\n" in out
+    assert "\nsdpa_math: no such kernel\n" in out
+    assert "\nflash_attn: needs a GPU\n" in out
+
+
+def test_doctor_checks_the_attention_that_the_environment_asks_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "_look_at_devices", lambda found: None)
+    monkeypatch.setenv("NEOBERT_ATTENTION", "sdpa_math")
+    assert main(["doctor"]) == 0
+    assert re.search(r"^qkv_attention +sdpa_math +float32 .* ok$", capsys.readouterr().out, re.M)
+    monkeypatch.setenv("NEOBERT_ATTENTION", "nope")
+    assert main(["doctor"]) != 0
+    assert "NEOBERT_ATTENTION: expected one of neobert_kernels" in capsys.readouterr().err
 
 
 def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:

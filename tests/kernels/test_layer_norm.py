@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import covering, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import assert_parity, assert_within_budget, outputs_and_gradients
@@ -81,16 +82,14 @@ def test_matches_mean_and_variance_written_out(eps, dtype, device):
     assert_within_budget(nk.layer_norm(x, w, b, eps), exact.to(dtype), exact, ulps=ulps)
 
 
-@both
-@biased
-@dtypes
-@pytest.mark.parametrize(
-    "shape",
-    [
+@covering(
+    added=[False, True],
+    bias=[False, True],
+    dtype=DTYPES,
+    shape=[
         (7, 768), (2, 3, 100), (1, 2), (9, 384), (5, 760), (3, 1152), (3, 1025), (3, 1792),
         (2, 4096), (64,),
     ],
-    ids=str,
 )  # fmt: skip
 def test_matches_the_reference_and_every_gradient(added, bias, dtype, shape):
     # The gradient of a row of few values cancels to nothing but rounding, unless eps is large.
@@ -103,7 +102,7 @@ def test_the_widest_row():
 
 
 @both
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=examples(12), deadline=None, derandomize=True)
 @given(
     rows=st.integers(0, 13),
     C=st.integers(16, 400),
@@ -115,8 +114,7 @@ def test_any_shape(added, rows, C, dtype, bias):
     assert_parity(*with_eps(added, bias), inputs_of(added, bias, (rows, C), dtype))
 
 
-@both
-@dtypes
+@covering(added=[False, True], dtype=DTYPES[:2])  # 16 bits of either kind are cut alike
 def test_rows_around_a_block(added, dtype):
     block = _norms.backward_plan(96, dtype.itemsize, 2, 2).tile.rows
     for rows in (block - 1, block, block + 1, 4 * block + 1):  # 4 programs interpreted

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import covering, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import assert_parity
@@ -113,15 +114,12 @@ def compare(tensors, labels, **options):
     assert_parity(of(nk.linear_cross_entropy), of(nk.linear_cross_entropy_reference), tensors)
 
 
-@every_dtype
-@every_reduction
-def test_vocabulary_of_several_blocks(dtype, reduction, device, monkeypatch):
+@covering(dtype=DTYPES, reduction=module.REDUCTIONS, V=[63, 65, 198], bias=[True, False])
+def test_vocabulary_of_several_blocks(dtype, reduction, V, bias, device, monkeypatch):
     monkeypatch.setitem(kernels.SOFTMAX, "BLOCK", 64)
-    for V in (63, 65, 198):
-        tensors, labels = random(7, 24, V, dtype, device)
-        labels[:2] = torch.tensor([0, V - 1])
-        compare(tensors, labels, reduction=reduction)
-        compare(tensors[:2], labels, reduction=reduction)  # no bias
+    tensors, labels = random(7, 24, V, dtype, device)
+    labels[:2] = torch.tensor([0, V - 1])
+    compare(tensors[: 2 + bias], labels, reduction=reduction)
 
 
 @pytest.fixture
@@ -134,16 +132,14 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(reference, "REFERENCE_ROWS", 3)
 
 
-@every_dtype
-@every_reduction
-@pytest.mark.parametrize("labelled", [8, 9, 17, 23])
+@covering(dtype=DTYPES, reduction=module.REDUCTIONS, labelled=[8, 9, 17, 23])
 def test_rows_in_chunks_and_steps(dtype, reduction, labelled, small_chunks, device):
     tensors, labels = random(23, 40, 70, dtype, device, share=1)
     labels[labelled:] = -100
     compare(tensors, labels, reduction=reduction)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=examples(15), deadline=None, derandomize=True)
 @given(
     T=st.integers(0, 40),
     C=st.integers(1, 90),
@@ -162,11 +158,13 @@ def test_common_widths(C, device):
     compare(*random(9, C, 37, torch.float32, device))
 
 
-@every_reduction
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_mixed_dtypes_are_computed_in_float32(dtype, reduction, device):
-    compare(*random(9, 24, 37, dtype, device, weight=torch.float32), reduction=reduction)
-    compare(*random(9, 24, 37, torch.float32, device, weight=dtype), reduction=reduction)
+@covering(
+    dtypes=[(DTYPES[0], low) for low in DTYPES[1:]], swapped=[False, True],
+    reduction=module.REDUCTIONS,
+)  # fmt: skip
+def test_mixed_dtypes_are_computed_in_float32(dtypes, swapped, reduction, device):
+    x, weight = reversed(dtypes) if swapped else dtypes
+    compare(*random(9, 24, 37, x, device, weight=weight), reduction=reduction)
 
 
 @every_dtype
@@ -293,7 +291,7 @@ def test_backward_gives_the_same_bits_twice(reduction, small_chunks, device):
     assert all(map(torch.equal, first, again))
 
 
-@every_reduction
+@pytest.mark.parametrize("reduction", ["mean", "none"])  # a sum is a mean without a division
 @pytest.mark.parametrize("wanted", range(3))
 def test_only_the_gradients_that_are_asked_for(reduction, wanted, device):
     tensors, labels = make(torch.float32, device)
@@ -358,7 +356,7 @@ def test_autocast_multiplies_in_its_dtype(reduction, device):
 
 
 @pytest.mark.parametrize("form", ["indices", "number"])
-@every_reduction
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_to_one_graph(reduction, form, device):
     tensors, labels = make(torch.float32, device)
     rows = LABELLED.to(device) if form == "indices" else len(LABELLED) + 1

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import covering, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import assert_parity, assert_within_budget, outputs_and_gradients
@@ -113,18 +114,16 @@ def compare(op, reference, x, cu_seqlens, normalize):
     )
 
 
-@pools
-@normalized
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("C", [5, 384, 768, 1152])
-def test_long_and_short_documents(op, reference, by_hand, normalize, dtype, C, device):
+@covering(mean=[False, True], normalize=[False, True], dtype=DTYPES, C=[5, 384, 768, 1152])
+def test_long_and_short_documents(mean, normalize, dtype, C, device):
+    op, reference, _ = POOLS[not mean]
     lengths = MIXED if C == 5 else (PART + 3, 0, 2)
     compare(op, reference, *make(dtype, device, lengths, C), normalize)
 
 
 @pools
 @normalized
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=examples(15), deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.sampled_from([0, 0, 1, 2, 9, PART, PART + 1]), max_size=9),
     C=st.integers(1, 300),
@@ -141,14 +140,17 @@ def test_more_chunks_than_are_unrolled(op, reference, by_hand, device):
     compare(op, reference, *make(torch.float32, device, (3, 0, 2), 1300), True)
 
 
-@pools
-@normalized
-@pytest.mark.parametrize(
-    "view",
-    [lambda x: x.t(), lambda x: x[:, ::2], lambda x: x[::2], lambda x: x[:, 8:-8]],
-    ids=["transposed", "every second channel", "every second token", "slice of wider rows"],
-)
-def test_strided_tokens(op, reference, by_hand, normalize, view, device):
+VIEWS = {
+    "transposed": lambda x: x.t(),
+    "every second channel": lambda x: x[:, ::2],
+    "every second token": lambda x: x[::2],
+    "slice of wider rows": lambda x: x[:, 8:-8],
+}
+
+
+@covering(mean=[False, True], normalize=[False, True], name=VIEWS)
+def test_strided_tokens(mean, normalize, name, device):
+    (op, reference, _), view = POOLS[not mean], VIEWS[name]
     x = torch.randn(32, 32, device=device)
     tokens = len(view(x))
     cu_seqlens = bounds(0, 5, 5, tokens).to(device)

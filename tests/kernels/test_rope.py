@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from covering import covering
 from parity import assert_parity, assert_within_budget
 
 import neobert_kernels as nk
@@ -110,11 +111,9 @@ def test_views_and_their_gradients(view, interleaved, device):
     )
 
 
-@layouts
-@pytest.mark.parametrize("D", [2, 6, 24, 64, 96, 128, 130])
-@pytest.mark.parametrize("H", [1, 2, 5])
+@covering(interleaved=[False, True], D=[2, 6, 24, 64, 96, 128, 130], H=[1, 2, 5])
 def test_every_width_and_number_of_heads(H, D, interleaved, device):
-    x, cos, sin = make(T=3 if H == 2 else 70, H=H, D=D, dtype=torch.bfloat16, device=device)
+    x, cos, sin = make(T=3 if H == 2 else 35, H=H, D=D, dtype=torch.bfloat16, device=device)
     assert_parity(
         lambda x: nk.rope(x, cos, sin, interleaved),
         lambda x: nk.rope_reference(x, cos, sin, interleaved),
@@ -135,6 +134,72 @@ def test_in_place_and_into_a_view(view, interleaved, device):
     assert room[..., [0, 17, 23]].eq(5).all()
     assert nk.rope(x, cos, sin, interleaved, out=x) is x
     assert torch.equal(x, expected)
+
+
+def test_each_of_q_k_and_v_of_one_projection_may_receive_another(device):
+    """Their ranges in memory meet, and no element of theirs does."""
+    _, cos, sin = make(device=device)
+    for shape in ((7, 3, 3, 8), (3, 3, 7, 8)):  # per head; heads before tokens
+        packed = torch.randn(shape, device=device)
+        views = packed.unbind(2) if shape[0] == 7 else packed.transpose(0, 2).unbind(2)
+        expected = nk.rope(views[0], cos, sin)
+        for out in views[1:]:
+            assert torch.equal(nk.rope(views[0], cos, sin, out=out), expected)
+
+
+ROOM = torch.ones(400)
+OVERLAPS = {
+    "expanded": lambda: ROOM[:8].expand(7, 3, 8),
+    "its own rows overlap": lambda: ROOM.as_strided((7, 3, 8), (12, 8, 1)),
+    "its own heads overlap": lambda: ROOM.as_strided((7, 3, 8), (40, 4, 1)),
+    "one token later": lambda: ROOM[24:192].view(7, 3, 8),
+    "one head earlier": lambda: ROOM.as_strided((7, 3, 8), (24, 8, 1), 8),
+    "one element later": lambda: ROOM.as_strided((7, 3, 8), (24, 8, 1), 1),
+    "in another order": lambda: ROOM.as_strided((7, 3, 8), (8, 56, 1)),
+}
+
+
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_refuses_an_output_that_overlaps(case):
+    _, cos, sin = make()
+    x = ROOM.as_strided((7, 3, 8), (24, 8, 1), 16 if case == "one head earlier" else 0)
+    own = case.startswith(("expanded", "its own"))
+    rule = "elements that share no memory" if own else "x itself, or memory that it does not share"
+    with pytest.raises(ValueError, match=f"out: expected {rule}"):
+        nk.rope(x, cos, sin, out=OVERLAPS[case]())
+    assert ROOM.eq(1).all()
+
+
+@pytest.mark.parametrize(("later", "meets"), [(16, True), (18, True), (23, True), (8 * 24, False)])
+def test_an_output_may_start_in_a_gap_but_not_reach_the_next_row(later, meets):
+    """x has two heads in rows of three."""
+    room = torch.ones(800)
+    _, cos, sin = make()
+    x, out = (room.as_strided((7, 2, 8), (24, 8, 1), start) for start in (0, later))
+    if meets:
+        with pytest.raises(ValueError, match="out: expected x itself, or memory"):
+            nk.rope(x, cos, sin, out=out)
+    else:
+        assert torch.equal(nk.rope(x, cos, sin, out=out), nk.rope(x, cos, sin))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: 8 GiB")
+def test_more_than_two_to_the_31_elements(device):
+    """Forward, backward and in place, seen at both ends."""
+    H, D = 32, 128
+    T = 2**31 // (H * D) + 300
+    x = torch.randn(T, H, D, device=device, dtype=torch.bfloat16)
+    cos, sin = nk.rope_table(torch.arange(T, device=device) % 512, D)
+    ends = torch.cat([torch.arange(300), torch.arange(T - 300, T)]).to(device)
+    expected = nk.rope(x[ends], cos[ends], sin[ends])
+    back = nk.rope(x[ends], cos[ends], -sin[ends])
+    leaf = x.detach().requires_grad_()
+    y = nk.rope(leaf, cos, sin)
+    assert torch.equal(y.detach()[ends], expected)
+    (dx,) = torch.autograd.grad(y, leaf, leaf.detach())
+    assert torch.equal(dx[ends], back)
+    del y, dx
+    assert torch.equal(nk.rope(x, cos, sin, out=x)[ends], expected)
 
 
 def test_in_place_refuses_a_gradient(device):

@@ -66,9 +66,17 @@ def test_accelerate_prepares_a_patched_model(family, precision):
             optimizer.step()
             optimizer.zero_grad()
         losses.append(value.detach())
-    torch.testing.assert_close(*losses, rtol=1e-5 if precision == "no" else 1e-3, atol=0)
+    tolerance = {"rtol": 1e-5 if precision == "no" else 1e-3, "atol": 0}
+    torch.testing.assert_close(*losses, **tolerance)
+    plain.load_state_dict(model.state_dict())
+    nk.unpatch(model)  # accelerate's wrapper stays, around the plain forward
+    expected = loss(plain, family)
+    assert torch.equal(loss(model, family), expected)
+    with nk.patched(model):
+        torch.testing.assert_close(loss(model, family), expected, **tolerance)
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    nk.unpatch(model)
+    with nk.patched(model):
+        assert loss(model, family).isfinite()
     assert all("forward" not in vars(m) for m in model.modules())
     assert loss(model, family).isfinite()
 

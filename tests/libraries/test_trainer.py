@@ -34,7 +34,7 @@ class Rows(torch.utils.data.Dataset):
         return dict(self.rows[i])
 
 
-def trainer(model, family, path, collate=None, **options):
+def trainer(model, family, path, collate=None, callbacks=None, model_init=None, **options):
     defaults = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 3,
@@ -52,11 +52,14 @@ def trainer(model, family, path, collate=None, **options):
         train_dataset=rows,
         eval_dataset=rows,
         data_collator=collate or tf.DataCollatorForTokenClassification(tokenizer(family)),
+        callbacks=callbacks,
+        model_init=model_init,
     )
 
 
 def curve(run, **options):
     run.train(**options)
+    assert run.state.global_step == STEPS
     return torch.tensor([entry["loss"] for entry in run.state.log_history if "loss" in entry])
 
 
@@ -126,6 +129,119 @@ def test_a_checkpoint_resumes_and_loads_unpatched(family, tmp_path):
         assert "forward" not in vars(loaded)
         state = trained.state_dict()
         assert all(torch.equal(value, state[k]) for k, value in loaded.state_dict().items())
+
+
+def is_patched(model):
+    return any("_neobert_kernels_options" in vars(module) for module in model.modules())
+
+
+class Watch(tf.TrainerCallback):
+    """Whether the model was patched, at every event."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def __getattribute__(self, name):
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def look(*args, model=None, **kwargs):
+            self.seen.setdefault(name, set()).add(is_patched(model))
+
+        return look
+
+
+@with_and_without_items
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=str)
+def test_the_callback_trains_a_patched_model_and_hands_back_a_plain_one(
+    family, precision, tmp_path
+):
+    """Twice: mixed precision leaves a wrapper around the model's forward after the first time."""
+    model = ENCODERS[family].head("mlm")
+    plain = trainer(copy.deepcopy(model), family, tmp_path / "plain", **precision)
+    options = precision | {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps"}
+    watch, callback = Watch(), nk.PatchCallback(labelled_rows_only=True)
+    run = trainer(model, family, tmp_path, callbacks=[callback, watch], eval_steps=2, **options)
+    assert is_patched(model)
+    assert set(callback.report.families.values()) == {family}
+    tolerance = 1e-3 if precision else 1e-5
+    for _ in range(2):
+        expected, actual = (curve(each) for each in (plain, run))
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0)
+        assert not is_patched(model)
+        losses = [each.evaluate()["eval_loss"] for each in (run, plain)]
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    assert watch.seen["on_train_end"] == {False}
+    assert watch.seen["on_evaluate"] == {True, False}  # while it trained, and afterwards
+    assert watch.seen["on_step_end"] == watch.seen["on_save"] == {True}
+    state = type(model).from_pretrained(tmp_path / "checkpoint-4").state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_the_callback_resumes_a_checkpoint(tmp_path):
+    model = ENCODERS["bert"].head("mlm")
+    saving = {"save_strategy": "steps", "save_steps": 2, "seed": 3}
+    start = copy.deepcopy(model)
+    whole = curve(trainer(model, "bert", tmp_path, **saving))
+    run = trainer(start, "bert", tmp_path, callbacks=[nk.PatchCallback()], **saving)
+    assert_same_curve(curve(run, resume_from_checkpoint=str(tmp_path / "checkpoint-2")), whole)
+    assert not is_patched(start)
+
+
+class Interrupt(tf.TrainerCallback):
+    armed = True
+
+    def on_step_end(self, *args, **kwargs):
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+
+
+def test_the_callback_goes_on_after_an_interrupted_training(tmp_path):
+    model = ENCODERS["bert"].head("mlm")
+    run = trainer(model, "bert", tmp_path, callbacks=[nk.PatchCallback(), Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert is_patched(model)
+    run.train()
+    assert not is_patched(model)
+    with nk.patched(model), pytest.raises(KeyboardInterrupt):
+        trainer(model, "bert", tmp_path, callbacks=[Interrupt()], bf16=True).train()
+    assert not is_patched(model)  # mixed precision's wrapper stays, around the plain forward
+    run.train()
+
+
+def test_the_callback_patches_what_model_init_makes(tmp_path):
+    watch, models = Watch(), []
+
+    def make():
+        models.append(ENCODERS["bert"].head("mlm"))
+        return models[-1]
+
+    run = trainer(
+        None, "bert", tmp_path, model_init=make, callbacks=[nk.PatchCallback(), watch], max_steps=1
+    )
+    run.train()
+    assert len(models) == 2
+    assert watch.seen["on_step_begin"] == {True}
+    assert not is_patched(models[1])
+
+
+def test_what_the_callback_refuses(tmp_path):
+    model = ENCODERS["bert"].head("mlm")
+    with pytest.raises(ValueError, match="mlm_logits: expected True or False, got 'no'"):
+        nk.PatchCallback(mlm_logits="no")
+    with pytest.raises(TypeError, match="window"):
+        nk.PatchCallback(window=3)
+    with (
+        nk.patched(model),
+        pytest.raises(ValueError, match="model: expected an unpatched model"),
+    ):
+        trainer(model, "bert", tmp_path, callbacks=[nk.PatchCallback()])
+    run = trainer(model, "bert", tmp_path, callbacks=[callback := nk.PatchCallback()])
+    run.args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"args.n_gpu: expected 1 .start one process a GPU, torch"):
+        callback.on_train_begin(run.args, run.state, run.control, model=model)
 
 
 @pytest.mark.parametrize("family", [f for f, e in ENCODERS.items() if e.has("token")])

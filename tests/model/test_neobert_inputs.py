@@ -196,8 +196,11 @@ TWO: dict[str, Any] = {"cu_seqlens": torch.tensor([0, 2, 6]).int(), "max_seqlen"
         ({"input_ids": (1, 6), "attention_mask": (1, 6), **TWO}, "attention_mask: expected None"),
         ({"input_ids": (1, 6), "output_attentions": True, **TWO}, "output_attentions: expected F"),
         ({"input_ids": (2, 3), "past_key_values": object()}, "past_key_values: expected None"),
-        ({"input_ids": (1, 6), **TWO, "max_seqlen": None}, "max_seqlen: expected the longest"),
-        ({"input_ids": (1, 6), "max_seqlen": 6}, "cu_seqlens: expected the documents beside max_s"),
+        ({"input_ids": (1, 6), **TWO, "max_seqlen": None}, "max_seqlen: expected a value besi"),
+        ({"input_ids": (1, 6), "max_seqlen": 6}, "cu_seqlens: expected a value beside max_seqlen"),
+        ({"input_ids": (1, 6), "max_length_q": 6}, "cu_seq_lens_q: expected a value beside max_"),
+        ({"input_ids": (1, 6), "max_length_k": 6}, "max_length_k: expected None without cu_seq_"),
+        ({"input_ids": (1, 6), **TWO, "max_length_k": 5}, "max_length_k: expected max_seqlen .4.,"),
         ({"input_ids": (1, 6), **TWO, "max_seqlen": 3}, "max_seqlen: expected at least"),
         (
             {"input_ids": (1, 6), "cu_seq_lens_q": TWO["cu_seqlens"].long(), "max_length_q": 4},

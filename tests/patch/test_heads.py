@@ -23,8 +23,9 @@ per_token = [(family, kind) for family, kind in head_cases() if kind in ("mlm", 
 without_choices = [(family, kind) for family, kind in head_cases() if kind != "choice"]
 
 
-def make(family, kind):
-    changes = {"num_labels": 3} if kind in ("sequence", "token") else {}
+def make(family, kind, **changes):
+    if kind in ("sequence", "token"):
+        changes["num_labels"] = 3
     return ENCODERS[family].head(kind, **changes)
 
 
@@ -97,28 +98,31 @@ def test_choices_are_scored_as_by_the_unpatched_model(family, supports):
 
 
 @cases
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_and_every_gradient(family, kind, checkpointing, supports):
+def test_loss_and_every_gradient(family, kind, supports):
+    """Also with gradient checkpointing."""
     supports(family, kind, "train")
     model = make(family, kind).train()  # as initialized: saturated softmaxes would amplify rounding
     # A span's loss is taken over the row: without padding both models have the same rows.
     lengths = (9, 9, 9, 9) if kind == "question" else LENGTHS
     inputs = with_labels(kind, *padded(family, lengths))
-    exact, rounded = widened(model), copy.deepcopy(model)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
+    exact, rounded, checkpointed = widened(model), copy.deepcopy(model), copy.deepcopy(model)
+    checkpointed.gradient_checkpointing_enable()
     nk.patch(model)
+    nk.patch(checkpointed)
     losses = []
-    for each in (model, rounded, exact):
+    for each in (model, rounded, exact, checkpointed):
         loss = each(**inputs).loss
         loss.backward()
         losses.append(loss)
-    assert_same(*losses, "loss")
+    assert_same(*losses[:3], "loss")
+    assert_same(losses[3], *losses[1:3], "loss")
     assert_same_gradients(model, rounded, exact)
+    assert_same_gradients(checkpointed, rounded, exact)
 
 
 @cases
-def test_fifty_training_steps_follow_the_unpatched_model(family, kind, supports):
+def test_training_steps_follow_the_unpatched_model(family, kind, supports):
+    """Fifty with one head; what a head adds shows in a few."""
     supports(family, kind, "train")
     model = make(family, kind).train()
     plain = copy.deepcopy(model)
@@ -129,7 +133,7 @@ def test_fifty_training_steps_follow_the_unpatched_model(family, kind, supports)
         torch.manual_seed(1)
         optimizer = torch.optim.AdamW(each.parameters(), lr=1e-3)
         losses = []
-        for _ in range(50):
+        for _ in range(50 if kind == "mlm" else 5):
             loss = each(**with_labels(kind, *padded(family, lengths))).loss
             loss.backward()
             optimizer.step()
@@ -169,16 +173,16 @@ def test_a_spans_loss_does_not_depend_on_padding(family):
 @cases
 def test_compiled_logits_are_those_of_the_patched_model(family, kind, supports):
     supports(family, kind, "compile")
-    model = randomized(make(family, kind)).eval()
+    # One layer, one shape, captured only: the base model's test has the rest.
+    model = randomized(make(family, kind, num_hidden_layers=1)).eval()
     nk.patch(model)
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    for lengths in (LENGTHS, (3, 12)):
-        inputs = with_labels(kind, *padded(family, lengths))
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        with torch.no_grad():
-            expected, actual = logits_of(model(**inputs)), logits_of(compiled(**inputs))
-        torch.testing.assert_close(actual, expected)
+    compiled = torch.compile(model, backend="eager")
+    inputs = with_labels(kind, *padded(family))
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected, actual = logits_of(model(**inputs)), logits_of(compiled(**inputs))
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(("family", "kind"), per_token)

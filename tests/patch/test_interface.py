@@ -388,6 +388,8 @@ def test_the_varlen_function_behind_the_alias(registered):
         cu = torch.tensor([0, 17], dtype=torch.int32)
         with pytest.raises(ValueError, match=message):
             interface.varlen_attention(q[0], k[0], v[0], cu, cu, 17, 17, **options)
+    with pytest.raises(ValueError, match=r"max_length_k: expected max_length_q .17., got 18"):
+        interface.varlen_attention(q[0], k[0], v[0], cu, cu, 17, 18)
 
 
 # --- one call

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from encoders import ENCODERS, randomized
+from encoders import ENCODERS, head_cases, padded, randomized, with_labels
 from torch import nn
 from transformers import BertModel
 
@@ -140,12 +140,68 @@ PACKED = {"cu_seq_lens_q": CU, "max_length_q": 3}
             {"input_ids": ONE, "position_ids": torch.tensor([[0, 1, 0, 2, 3]])},
             "position_ids: expected (0, 1, 2, ... from each restart|.* start at position 2)",
         ),
+        (
+            {"input_ids": ONE, "position_ids": torch.tensor([[7, 8, 9, 7, 8]])},
+            "position_ids: expected documents .* got 7 at the first token, a restart at token 3",
+        ),
+        (
+            {"input_ids": ONE, "position_ids": torch.tensor([[7, 8, 2, 3, 4]])},
+            "position_ids: expected documents .* got 7 at the first token, a restart at token 2",
+        ),
+        (
+            {"input_ids": ONE, **PACKED, "max_length_k": 4},
+            "max_length_k: expected max_length_q .3., got 4",
+        ),
+        ({"input_ids": ONE * 97}, "input_ids: expected values in 0..96, got 97"),
+        ({"input_ids": -ONE}, "input_ids: expected values in 0..96, got -1"),
     ],
 )
 def test_bad_input_is_one_clear_error(model, inputs, message):
     nk.patch(model)
     with pytest.raises(ValueError, match=message):
         model(**inputs)
+
+
+def test_a_row_of_falling_positions_is_one_document_where_a_mask_says_so():
+    model = randomized(ENCODERS["bert"].base()).eval()
+    positions = torch.tensor([[7, 8, 9, 7, 8]])
+    expected = model(ONE, position_ids=positions).last_hidden_state
+    nk.patch(model)
+    out = model(ONE, attention_mask=ONE, position_ids=positions).last_hidden_state
+    torch.testing.assert_close(out, expected)
+
+
+def test_padding_may_hold_any_id():
+    model = ENCODERS["bert"].base().eval()
+    nk.patch(model)
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    model(torch.where(mask == 1, ONE, -100), attention_mask=mask)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm_roberta", "nomic_bert"])
+def test_ids_outside_of_a_table_are_named(family, model):
+    nk.patch(model)
+    types = model.config.type_vocab_size
+    with pytest.raises(ValueError, match=f"token_type_ids: expected values in 0..{types - 1}, got"):
+        model(IDS, token_type_ids=IDS * types)
+    if family != "nomic_bert":
+        most = model.config.max_position_embeddings
+        with pytest.raises(ValueError, match=f"position_ids: expected values in 0..{most - 1}, go"):
+            model(IDS, position_ids=ONE * most)
+
+
+@pytest.mark.parametrize(("family", "kind"), head_cases())
+@pytest.mark.parametrize("wrong", [97, -1])
+def test_labels_that_no_class_has_are_named(family, kind, wrong):
+    if kind == "question":
+        pytest.skip("a position outside of the row does not count")
+    model = ENCODERS[family].head(kind)
+    inputs = with_labels(kind, *padded(family))
+    inputs["labels"] = torch.full_like(inputs["labels"], wrong)
+    nk.patch(model)
+    for training in (False, True):
+        with pytest.raises(ValueError, match=rf"labels: expected values in .*or -100, got {wrong}"):
+            model.train(training)(**inputs)
 
 
 @pytest.mark.parametrize("family", [f for f, e in ENCODERS.items() if e.longest])
@@ -247,5 +303,5 @@ def test_restarts_of_roberta_are_counted_from_its_first_position():
     nk.patch(model)
     with pytest.raises(ValueError, match=r"position_ids: expected 2, 3, 4, ... from each restart"):
         model(ONE, position_ids=torch.tensor([[2, 3, 2, 4, 5]]))
-    with pytest.raises(ValueError, match=r"position_ids: expected a first position of 2, got 5"):
+    with pytest.raises(ValueError, match=r"documents from position 2 on .* got 5 at the first tok"):
         model(ONE, position_ids=torch.tensor([[5, 2, 3, 2, 3]]))

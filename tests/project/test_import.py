@@ -57,5 +57,13 @@ def test_operators_work_without(names: list[str]) -> None:
     python(BLOCK.format(names=names) + USE)
 
 
+def test_no_operator_loads_the_compiler() -> None:
+    """It takes seconds, and a decorator of torch.compiler is enough to load it."""
+    python(
+        "import sys\nfrom neobert_kernels import _runtime\n_runtime.load_operators()\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+
+
 def test_every_public_name_resolves() -> None:
     python("import neobert_kernels as nk; [getattr(nk, name) for name in nk.__all__]")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neobert_kernels import _check, _runtime
-from neobert_kernels.ops.attention import launch
+from neobert_kernels.ops.attention import launch, peers
 from neobert_kernels.ops.attention.reference import (
     attention_reference,
     attention_reference_backward,
@@ -168,6 +168,7 @@ def _check_arguments(
     interleaved: bool,
     window: int | None,
     scale: float | None,
+    kernel: bool,
 ) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check.tensor(name, x, ndim=3)
@@ -185,7 +186,7 @@ def _check_arguments(
         raise _check.error("sin" if sin is None else "cos", "both of cos and sin, or neither", None)
     if cos is not None and sin is not None:
         check_table(cos, sin, tokens, dim, q.device)
-    if _runtime.use_kernel(q) and (dim % 8 or dim > MAX_HEAD_SIZE):
+    if kernel and (dim % 8 or dim > MAX_HEAD_SIZE):
         rule = f"a head size that is a multiple of 8, at most {MAX_HEAD_SIZE}, where kernels run"
         raise _check.error("q", rule, dim)
     whole = isinstance(window, int) and not isinstance(window, bool)
@@ -218,6 +219,7 @@ def attention(
     interleaved: bool = False,
     window: int | None = None,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> Tensor:
     """Attend within each packed document, in both directions.
 
@@ -231,22 +233,31 @@ def attention(
         interleaved: RoPE pairs are ``(2i, 2i + 1)`` instead of ``(i, i + D / 2)``.
         window: Tokens further apart than this do not attend; None means no limit.
         scale: Of the scores; ``D ** -0.5`` by default.
+        implementation: A peer instead of ours: "sdpa_flash", "sdpa_cudnn", "sdpa_efficient",
+            "sdpa_math", "torch_varlen", "flash_attn" or "flash_attn_deterministic". None is what
+            the environment variable ``NEOBERT_ATTENTION`` names, and without it ours, which
+            "neobert_kernels" is always. See `neobert_kernels.ops.attention.peers`.
 
     Returns:
         ``[T, H, D]`` in ``q.dtype``.
 
     Raises:
         ValueError: A shape, dtype, device or (on CPU, not under torch.compile) boundary breaks the
-            rules above.
+            rules above, or a peer is unknown, missing or unable to do this.
     """
-    _check_arguments(q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
+    peer = peers.asked(implementation)
+    arguments = (q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
+    kernel = peer is None and _runtime.use_kernel(q)
+    _check_arguments(*arguments, kernel)
+    if peer is not None:
+        return peers.attend(peer, *arguments)
     # Document lengths are data: a compiler must not look, so it too calls the operator.
-    if torch.compiler.is_compiling() or _runtime.use_kernel(q):
+    if torch.compiler.is_compiling() or kernel:
         scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
         return _Attention.apply(
             q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale
         )
-    return _reference(q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
+    return _reference(*arguments)
 
 
 def qkv_attention(
@@ -259,6 +270,7 @@ def qkv_attention(
     interleaved: bool = False,
     window: int | None = None,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> Tensor:
     """`attention` on one projection that holds queries, keys and values.
 
@@ -266,7 +278,8 @@ def qkv_attention(
         qkv: ``[T, H, 3, D]`` with any strides: NeoBERT's per-head packing as it is, and
             ``[T, 3, H, D]`` as its ``transpose(1, 2)``. Its gradient is one packed tensor, which
             the backward writes in place: no slice of it is copied.
-        cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale: As `attention`.
+        cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale, implementation: As
+            `attention`.
 
     Returns:
         ``[T, H, D]`` in ``qkv.dtype``.
@@ -277,17 +290,24 @@ def qkv_attention(
     _check.tensor("qkv", qkv, ndim=4)
     if qkv.shape[2] != 3:
         raise _check.error("qkv", "shape (T, H, 3, D)", tuple(qkv.shape))
+    peer = peers.asked(implementation)
     q, k, v = qkv.unbind(2)
-    _check_arguments(q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
-    if torch.compiler.is_compiling() or _runtime.use_kernel(qkv):
+    arguments = (q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
+    kernel = peer is None and _runtime.use_kernel(qkv)
+    _check_arguments(*arguments, kernel)
+    if peer is not None:
+        return peers.attend(peer, *arguments)
+    if torch.compiler.is_compiling() or kernel:
         scale = 1.0 / math.sqrt(qkv.shape[-1]) if scale is None else scale
         if qkv.stride(-1) != 1:
             qkv = qkv.contiguous()
         return _QKVAttention.apply(
             qkv, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale
         )
-    return _reference(q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
+    return _reference(*arguments)
 
 
-_runtime.operator(attention, attention_reference, launch.KERNELS, launch.launches)
-_runtime.operator(qkv_attention, qkv_attention_reference, launch.KERNELS, launch.launches)
+_runtime.operator(attention, attention_reference, launch.KERNELS, launch.launches, peers.asked)
+_runtime.operator(
+    qkv_attention, qkv_attention_reference, launch.KERNELS, launch.launches, peers.asked
+)

@@ -211,13 +211,10 @@ def _check_arguments(
 def _check_values(
     labels: Tensor, rows: Tensor | int | None, vocabulary: int, ignore_index: int
 ) -> None:
-    labelled = labels != ignore_index
-    wrong = labels[((labels < 0) | (labels >= vocabulary)) & labelled]
-    if len(wrong):
-        rule = f"values in 0..{vocabulary - 1} or {ignore_index}"
-        raise _check.error("labels", rule, int(wrong[0]))
+    _check.within("labels", labels, vocabulary, ignore_index)
     if rows is None:
         return
+    labelled = labels != ignore_index
     wanted = int(labelled.sum())
     if isinstance(rows, int):
         if rows < wanted:

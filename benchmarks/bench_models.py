@@ -1,0 +1,223 @@
+"""Encoders from token ids to hidden states: throughput, memory, and how cost grows.
+
+Real tokens per second, padding not counted. ``sdpa`` is the model as transformers runs it, on the
+batch padded to its longest document. The limit is that of the cost model at the rates of a copy and
+a product that are timed in the same rounds.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from ceilings import Ceilings, floor_s
+from shapes import CASES, FIRST, MODELS, SMALL, batch_of, longest_of
+from timing import Timing, Variant, interleaved, noisy
+from ways import DoesNotFitError, Way, Ways, fitting_peak
+
+from neobert.floors import ARCHITECTURES, forward
+from neobert.floors.models import of_config
+
+TOKENS = {"cuda": (8192, 32768, 131072), "cpu": (512, 2048)}
+CURVE = {"cuda": 16384, "cpu": 1024}
+CORE = ("patched", "sdpa")
+LEAST_S = {"compile": 60.0, "compile_max_autotune": 150.0}  # not begun with less time than this
+
+by_model = pytest.mark.parametrize(
+    "model",
+    [pytest.param(n, marks=pytest.mark.importance(1 if n in FIRST else 3)) for n in MODELS],
+)
+
+
+@dataclass
+class Bench:
+    """One model on this machine, and how to measure it."""
+
+    name: str
+    ways: Ways
+    device: str
+    quick: bool
+    once: Callable[..., Any]
+    left_s: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self.ceilings = Ceilings(self.device, self.ways.dtype, self.quick)
+        self.dtype = str(self.ways.dtype).removeprefix("torch.")
+
+    def point(self, ways: dict[str, Way], lengths: list[int]) -> list[dict[str, Any]]:
+        """One batch under every way: a dictionary each, with its time or why there is none."""
+        ids, mask = self.ways.batch(lengths)
+        batch = {"documents": len(lengths), "tokens": sum(lengths), "longest": max(lengths)}
+        found, calls, peaks = [], {}, {}
+
+        def call_of(way: Way) -> Variant:
+            return lambda _: way(ids, mask)
+
+        for name, way in ways.items():
+            call = call_of(way)
+            try:
+                peaks[name] = fitting_peak(call, self.device)
+                calls[name] = call
+            except DoesNotFitError as error:
+                found.append({"variant": name, **batch, "out_of_memory": str(error)[:120]})
+        if not calls:
+            return found
+        rounds = 2 if self.quick else 5
+        timings: dict[str, Timing] = interleaved(
+            calls | self.ceilings.variants, rounds=rounds, device=self.device, warm_up=1
+        )
+        shape = of_config(self.ways.plain.config)
+        least = floor_s(forward(shape, lengths, self.dtype), self.ceilings.gpu(timings), self.dtype)
+        for name in calls:
+            t = timings[name]
+            found.append(
+                {
+                    "variant": name,
+                    **batch,
+                    "tokens_per_s": batch["tokens"] / t.median_s,
+                    "low_tokens_per_s": batch["tokens"] / t.high_s,
+                    "high_tokens_per_s": batch["tokens"] / t.low_s,
+                    "limit_tokens_per_s": batch["tokens"] / least,
+                    "peak_bytes": peaks[name],
+                    "noisy": name in noisy(timings),
+                    **self.ceilings.rates(timings),
+                }
+            )
+        return found
+
+    def sweep(
+        self, names: Iterable[str], batches: Iterable[list[int]]
+    ) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """Points of every batch, smallest first; a way that ran out of memory is not run again."""
+        ways, absent = {}, {}
+        for name in names:
+            way, why = self.ways.working(name)
+            if way is None:
+                absent[name] = why
+            else:
+                ways[name] = way
+        points: list[dict[str, Any]] = []
+        for lengths in batches:
+            if not ways or self.left_s() <= 0:
+                break
+            found = self.point(ways, lengths)
+            points += found
+            for point in found:
+                if "out_of_memory" in point:
+                    del ways[point["variant"]]
+        return points, absent
+
+
+@pytest.fixture
+def bench(
+    quick: bool, device: str, once: Callable[..., Any], left_s: Callable[[], float]
+) -> Callable[[str], Bench]:
+    def make(name: str) -> Bench:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        ways = Ways(MODELS[name], device, dtype, **(SMALL if quick else {}))
+        return Bench(name, ways, device, quick, once, left_s)
+
+    return make
+
+
+def best_of(points: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For every way the point of its highest throughput."""
+    best: dict[str, dict[str, Any]] = {}
+    for point in points:
+        name = point["variant"]
+        rate = point.get("tokens_per_s", 0.0)
+        if rate and (name not in best or rate > best[name]["tokens_per_s"]):
+            best[name] = point
+    return best
+
+
+def summary(points: list[dict[str, Any]], absent: dict[str, str]) -> dict[str, Any]:
+    """What a table shows of a sweep: each way at its best batch, and ours against SDPA's."""
+    best = best_of(points)
+    values: dict[str, Any] = {f"{name}_absent": why for name, why in absent.items()}
+    for name, point in best.items():
+        for key in ("tokens_per_s", "low_tokens_per_s", "high_tokens_per_s", "peak_bytes"):
+            values[f"{name}_{key}"] = point[key]
+        values[f"{name}_batch_tokens"] = point["tokens"]
+    if "patched" in best:
+        ours = best["patched"]
+        values["limit_tokens_per_s"] = ours["limit_tokens_per_s"]
+        values["share_of_limit"] = ours["tokens_per_s"] / ours["limit_tokens_per_s"]
+        if "sdpa" in best:
+            theirs = best["sdpa"]
+            values["ratio"] = ours["tokens_per_s"] / theirs["tokens_per_s"]
+            values["ratio_low"] = ours["low_tokens_per_s"] / theirs["high_tokens_per_s"]
+            values["ratio_high"] = ours["high_tokens_per_s"] / theirs["low_tokens_per_s"]
+    unsteady = sorted(name for name, point in best.items() if point["noisy"])
+    return values | ({"noisy": unsteady} if unsteady else {}) | {"points": points}
+
+
+def shortened(lengths: list[int], quick: bool) -> list[int]:
+    return [max(4, n // 16) for n in lengths[:4]] if quick else lengths
+
+
+@by_model
+@pytest.mark.parametrize("case", CASES)
+def test_inference(
+    model: str, case: str, bench: Callable[[str], Bench], quick: bool, device: str,
+    once: Callable[..., Any], record: Callable[..., None],
+) -> None:  # fmt: skip
+    """The batch that suits each way best; memory at that batch."""
+    longest = MODELS[model].longest
+    if longest_of(case) > longest:
+        pytest.skip(f"{model} takes at most {longest} tokens")
+    if quick and (case not in ("fixed 512", "long tail") or model not in FIRST):
+        pytest.skip("--quick runs few models and cases")
+    here = bench(model)
+    batches = [shortened(batch_of(case, n, min(longest, 4096)), quick) for n in TOKENS[device]]
+    if quick:
+        batches = batches[-1:]
+    points, absent = once(lambda: here.sweep(CORE, batches))
+    assert not absent, absent
+    record("inference", f"{model}, {case}, {here.dtype}, {device}", **summary(points, absent))
+
+
+@pytest.mark.importance(3)
+@pytest.mark.parametrize("model", FIRST)
+@pytest.mark.parametrize("case", ["fixed 512", "ragged", "fixed 4096"])
+def test_ways(
+    model: str, case: str, bench: Callable[[str], Bench], quick: bool, device: str,
+    once: Callable[..., Any], record: Callable[..., None], left_s: Callable[[], float],
+) -> None:  # fmt: skip
+    """One batch under everything that transformers, torch and flash-attn offer."""
+    longest = MODELS[model].longest
+    if longest_of(case) > longest:
+        pytest.skip(f"{model} takes at most {longest} tokens")
+    if quick and case != "ragged":
+        pytest.skip("--quick runs the ragged case")
+    here = bench(model)
+    names = [n for n in here.ways.names() if left_s() > LEAST_S.get(n, 0.0)]
+    if quick:
+        names = [n for n in names if not n.startswith(("compile", "flex"))]
+    batch = shortened(batch_of(case, TOKENS[device][1], longest), quick)
+    points, absent = once(lambda: here.sweep(names, [batch]))
+    record("ways", f"{model}, {case}, {here.dtype}, {device}", **summary(points, absent))
+
+
+@pytest.mark.importance(2)
+@pytest.mark.parametrize("model", FIRST[:2])
+@pytest.mark.parametrize("axis", ["length", "batch"])
+def test_curve(
+    model: str, axis: str, bench: Callable[[str], Bench], quick: bool, device: str,
+    once: Callable[..., Any], record: Callable[..., None],
+) -> None:  # fmt: skip
+    """Cost over the length at a fixed number of tokens, and over the batch at 512 tokens."""
+    here = bench(model)
+    tokens = 128 if quick else CURVE[device]
+    sizes = [2**i for i in range(4 if quick else 6, 14) if 2**i <= tokens]
+    if axis == "length":
+        batches = [[n] * (tokens // n) for n in sizes if n <= ARCHITECTURE_LENGTHS[model]]
+    else:
+        unit = 16 if quick else 512
+        batches = [[unit] * n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n * unit <= tokens]
+    points, absent = once(lambda: here.sweep(CORE, batches))
+    record(f"curve_{axis}", f"{model}, {here.dtype}, {device}", **summary(points, absent))
+
+
+ARCHITECTURE_LENGTHS = {name: MODELS[name].longest for name in ARCHITECTURES if name in MODELS}

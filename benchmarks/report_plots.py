@@ -1,0 +1,177 @@
+"""The plots of a report, as PNG bytes: nothing is shown, and no global state of matplotlib."""
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+from report_data import Group, Result, length_series, speed_up
+
+STYLE = {
+    "patched": {"color": "#1f77b4", "marker": "o", "label": "patched"},
+    "sdpa": {"color": "#888888", "marker": "s", "label": "unpatched, SDPA"},
+    "limit": {"color": "#d62728", "linestyle": "--", "label": "ceiling"},
+}
+
+
+def plots(group: Group) -> dict[str, bytes]:
+    """Name and PNG of every plot that the group has results for."""
+    drawn: dict[str, Callable[[Group], Any]] = {
+        "throughput": lambda g: _against_length(g, "tokens_per_s", "real tokens/s"),
+        "memory": lambda g: _against_length(g, "peak_bytes", "peak memory, bytes"),
+        "roofline": _roofline,
+        "speed-up": _speed_ups,
+        "history": _history,
+    }
+    found = {}
+    for name, draw in drawn.items():
+        figure = draw(group)
+        if figure is not None:
+            buffer = io.BytesIO()
+            # Without the version of matplotlib in it, equal plots are equal files.
+            figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+            found[name] = buffer.getvalue()
+    return found
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _against_length(group: Group, key: str, label: str) -> Any:
+    series = {m: ways for m, ways in length_series(group, key).items() if ways.get("patched")}
+    if not series:
+        return None
+    columns = min(3, len(series))
+    rows = math.ceil(len(series) / columns)
+    figure, axes = _figure(4.2 * columns, 3.2 * rows, rows, columns)
+    for axis in axes.flat[len(series) :]:
+        axis.set_axis_off()
+    for axis, (model, ways) in zip(axes.flat, series.items(), strict=False):
+        for way, points in ways.items():
+            axis.plot(*zip(*points, strict=True), **STYLE[way])
+        axis.set(title=model, xlabel="tokens of a document", ylabel=label, xscale="log")
+        lengths = sorted({length for points in ways.values() for length, _ in points})
+        axis.set_xticks(lengths, [str(n) for n in lengths])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize="small")
+    return figure
+
+
+def _roofline(group: Group) -> Any:
+    found = [r for r in group.newest if r.values.get("flop") and "ours_median_s" in r.values]
+    if not found:
+        return None
+    figure, ((axis,),) = _figure(7.5, 5)
+    copy, gemm = (
+        max(r.values[key] for r in found) for key in ("copy_bytes_per_s", "gemm_flop_per_s")
+    )
+    names = sorted({r.name for r in found})
+    colors = _colors(len(names))
+    for name, color in zip(names, colors, strict=True):
+        points = [
+            (r.values["flop"] / r.values["bytes"], r.values["flop"] / r.values["ours_median_s"])
+            for r in found
+            if r.name == name
+        ]
+        axis.scatter(*zip(*points, strict=True), color=color, label=name, s=28, zorder=3)
+    ends = [r.values["flop"] / r.values["bytes"] for r in found]
+    left, ridge = min(ends) / 2, gemm / copy
+    right = max(*ends, ridge) * 2
+    axis.plot([left, ridge, right], [left * copy, gemm, gemm], color="#d62728", linestyle="--")
+    axis.annotate("copy", (left * 1.2, left * copy * 1.5), color="#d62728")
+    axis.annotate("matrix product", (ridge * 1.1, gemm * 1.05), color="#d62728")
+    axis.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="FLOP/s of ours")
+    axis.legend(fontsize="x-small", ncols=2)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def _colors(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["tab20"](i % 20) for i in range(count)]
+
+
+def comparisons(group: Group) -> list[tuple[str, float, float, float]]:
+    """Label, ratio and its range: ours against the baseline that people have today."""
+    found = []
+    for result in group.newest:
+        v = result.values
+        if result.name.startswith("curve"):
+            continue  # the same models at a batch that suits neither
+        label = f"{result.name}: {result.case}"
+        if {"ratio", "ratio_low", "ratio_high"} <= v.keys():
+            found.append((label, v["ratio"], v["ratio_low"], v["ratio_high"]))
+            continue
+        ours = next((name for name in ("ours", "patched") if name in result.variants), None)
+        others = ("eager", "dense", "sdpa", "sdpa_math", "unpatched", "padded")
+        other = next((name for name in others if name in result.variants), None)
+        if ours and other:
+            found.append((f"{label} / {other}", *speed_up(v, ours, other)))
+    return found
+
+
+def _speed_ups(group: Group) -> Any:
+    found = sorted(comparisons(group), key=lambda row: row[1])
+    if not found:
+        return None
+    figure, ((axis,),) = _figure(10, 1.2 + 0.24 * len(found))
+    labels, ratios, lows, highs = zip(*found, strict=True)
+    errors = [
+        [max(0.0, r - low) for r, low in zip(ratios, lows, strict=True)],
+        [max(0.0, high - r) for r, high in zip(ratios, highs, strict=True)],
+    ]
+    color = ["#1f77b4" if ratio >= 1 else "#d62728" for ratio in ratios]
+    axis.barh(range(len(found)), ratios, xerr=errors, color=color, ecolor="#444444", capsize=2)
+    axis.set_yticks(range(len(found)), [label[:90] for label in labels], fontsize="x-small")
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set(xlabel="times as fast as the baseline; lines: opposite quartiles")
+    axis.set_xlim(0, 1.15 * max(ratios))
+    axis.set_ylim(-1, len(found))
+    axis.grid(alpha=0.3, axis="x")
+    return figure
+
+
+def _time_of(result: Result) -> float | None:
+    for key in ("ours_median_s", "patched_median_s"):
+        if key in result.values:
+            return float(result.values[key])
+    rate = result.values.get("patched_tokens_per_s") or result.values.get("tokens_per_s")
+    return 1 / rate if rate else None
+
+
+def _history(group: Group) -> Any:
+    """The time of ours at every commit over that at the first, for what two commits measured."""
+    commits = list(dict.fromkeys(result.commit for result in group.history))
+    lines: dict[tuple[str, str], dict[str, float]] = {}
+    for result in group.history:
+        seconds = _time_of(result)
+        if seconds is not None:
+            lines.setdefault((result.name, result.case), {})[result.commit] = seconds
+    lines = {key: times for key, times in lines.items() if len(times) > 1}
+    if not lines:
+        return None
+    figure, ((axis,),) = _figure(8, 4.5)
+    names = sorted({name for name, _ in lines})
+    colors = dict(zip(names, _colors(len(names)), strict=True))
+    for (name, _), times in lines.items():
+        points = [(commits.index(commit), seconds) for commit, seconds in times.items()]
+        points.sort()
+        x, y = zip(*points, strict=True)
+        axis.plot(x, [value / y[0] for value in y], color=colors[name], marker=".", alpha=0.7)
+    for name in names:
+        axis.plot([], [], color=colors[name], label=name)
+    axis.set_xticks(range(len(commits)), [commit[:7] for commit in commits], rotation=45)
+    axis.set(ylabel="time of ours over the first commit's")
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.legend(fontsize="x-small", ncols=2)
+    axis.grid(alpha=0.3)
+    return figure

@@ -1,0 +1,159 @@
+"""Ways to run one encoder: as it is under each attention, compiled, with original code, patched.
+
+All share the weights of one model. A way that cannot run here says why; none replaces another.
+"""
+
+import copy
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from original_neobert import original_forward
+from shapes import VOCABULARY, Model, padded
+from timing import Variant, peak_memory
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import neobert_kernels as nk
+from neobert_kernels.ops.attention.peers import VARIABLE
+
+PINNED = {
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_math": SDPBackend.MATH,
+}
+# The patched model with the attention of others, on packed documents as well.
+PACKED_PEERS = {"patched_torch_varlen": "torch_varlen", "patched_flash_attn": "flash_attn"}
+Way = Callable[[Tensor, Tensor], Tensor]  # token ids and mask to hidden states, [B, S, C]
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+class DoesNotFitError(Exception):
+    """A batch does not fit; a sweep records it and goes on."""
+
+
+class Ways:
+    """Builds the ways of ``model`` in ``dtype`` on ``device``; ``changes`` make it small."""
+
+    def __init__(self, model: Model, device: str, dtype: torch.dtype, **changes: Any) -> None:
+        torch.manual_seed(0)
+        self.model, self.device, self.dtype = model, device, dtype
+        self.plain = model.make(**changes).to(device, dtype).eval()
+
+    def twin(self, attention: str = "") -> Any:
+        """Another model object with the same weights: no way waits for a patch."""
+        shared = {id(p): p for p in self.plain.parameters()}
+        twin = copy.deepcopy(self.plain, shared)
+        if attention:
+            twin.set_attn_implementation(attention)
+        return twin
+
+    def batch(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask."""
+        return padded(lengths, self.device, min(self.plain.config.vocab_size, VOCABULARY))
+
+    def build(self, name: str) -> Way:
+        """One of `names`. Whatever it raises is why the way is absent."""
+        if name == "patched":
+            patched = self.twin()
+            nk.patch(patched)
+            return hidden_of(patched)
+        if name in PACKED_PEERS:
+            return asking(PACKED_PEERS[name], self.build("patched"))
+        if name == "sdpa":
+            return hidden_of(self.plain)
+        if name in PINNED:
+            return pinned(hidden_of(self.plain), PINNED[name])
+        if name == "compile":
+            return hidden_of(torch.compile(self.plain, dynamic=False))
+        if name == "compile_max_autotune":
+            return hidden_of(torch.compile(self.plain, dynamic=False, mode="max-autotune"))
+        if name == "original":
+            return original_forward(self.plain)
+        if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+            raise ImportError("flash-attn is not installed")
+        return hidden_of(self.twin(name))
+
+    def names(self) -> list[str]:
+        """The ways that this model has: our NeoBERT knows SDPA alone, others have no original."""
+        of_others = ("eager", "flex_attention", "flash_attention_2")
+        skipped = of_others if self.model.prefix == "NeoBERT" else ("original",)
+        return [name for name in NAMES if name not in skipped]
+
+    def working(self, name: str) -> tuple[Way | None, str]:
+        """A way that agrees with the unpatched model on a small ragged batch, or why not."""
+        ids, mask = self.batch([40, 7, 23])
+        try:
+            way = self.build(name)
+            if name.startswith("compile"):  # too slow to compile for a batch nobody times
+                return way, ""
+            actual, expected = (f(ids, mask)[mask.bool()] for f in (way, hidden_of(self.plain)))
+        except Exception as error:  # whatever it raises is why it is absent
+            return None, f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0][:120]
+        difference = float((actual.float() - expected.float()).norm() / expected.float().norm())
+        if not difference <= TOLERANCE[self.dtype]:
+            return None, f"differs by {difference:.1e} from the unpatched model"
+        return way, ""
+
+
+NAMES = (
+    "patched",
+    "sdpa",
+    *PACKED_PEERS,
+    *PINNED,
+    "eager",
+    "original",
+    "flash_attention_2",
+    "flex_attention",
+    "compile",
+    "compile_max_autotune",
+)
+
+
+def hidden_of(model: Any) -> Way:
+    @torch.inference_mode()
+    def call(ids: Tensor, mask: Tensor) -> Tensor:
+        return model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    return call
+
+
+def asking(peer: str, way: Way) -> Way:
+    def call(ids: Tensor, mask: Tensor) -> Tensor:
+        os.environ[VARIABLE] = peer
+        try:
+            return way(ids, mask)
+        finally:
+            del os.environ[VARIABLE]
+
+    return call
+
+
+def pinned(way: Way, backend: SDPBackend) -> Way:
+    def call(ids: Tensor, mask: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return way(ids, mask)
+
+    return call
+
+
+def fitting_peak(variant: Variant, device: str) -> int | None:
+    """`peak_memory` of a call.
+
+    Raises:
+        DoesNotFitError: The memory does not suffice; what it took is free again.
+    """
+    try:
+        return peak_memory(variant, device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        message = str(error)
+    except RuntimeError as error:
+        message = str(error)
+        if "out of memory" not in message and "allocate memory" not in message:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise DoesNotFitError(message.partition("\n")[0])

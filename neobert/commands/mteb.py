@@ -1,0 +1,108 @@
+"""``neobert evaluate mteb``: a sentence encoder on MTEB, through ``mteb`` itself."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from neobert.commands.arguments import add_model_arguments, load_encoder
+from neobert.readers import InputError, one_line
+
+DESCRIPTION = """\
+Run tasks of MTEB through the mteb library (pip install mteb) on our packed encoder, with mteb's own
+result cache in OUTPUT/results, which is what a submission to the leaderboard holds. Tasks that are
+in the cache are not run again. Then print the means by kind of task beside the paper's table.
+
+    neobert evaluate mteb --model MODEL --benchmark "MTEB(eng, v1)"
+    neobert evaluate mteb --model MODEL --benchmark STSBenchmark SICK-R
+"""
+
+
+def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = kinds.add_parser(
+        "mteb",
+        help="a sentence encoder on MTEB",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="a local model folder or a hub id")
+    parser.add_argument(
+        "--benchmark", required=True, nargs="+", metavar="NAME", help="a benchmark, or tasks"
+    )
+    parser.add_argument("--name", help="the model's name in results (default: from --model)")
+    parser.add_argument(
+        "--output", default="mteb", metavar="DIR", help="folder of the results (default: mteb)"
+    )
+    parser.add_argument(
+        "--prompts", metavar="JSON", help="a file: names of tasks or kinds, query, document to text"
+    )
+    add_model_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from neobert.finetuning.glue.paper import NAMES
+    from neobert.loading import model_name
+
+    try:
+        import mteb
+    except ImportError as error:
+        raise InputError(
+            f"mteb: expected the package mteb, pip install mteb, got {error}"
+        ) from None
+    from neobert.evaluation.mteb_encoder import MTEBEncoder
+    from neobert.evaluation.mteb_report import scores_table, tasks_table
+
+    tasks = _tasks(mteb, args.benchmark)
+    name = model_name(args.model, args.name)
+    model = MTEBEncoder(load_encoder(args), name, _prompts(args.prompts))
+    cache = mteb.ResultCache(cache_path=args.output)
+    result = mteb.evaluate(model, tasks, cache=cache, raise_error=False)
+    scores = {
+        each.task_name: (each.task_type, _score(each.get_score())) for each in result.task_results
+    }
+    for failed in result.exceptions or []:
+        print(f"neobert: {failed.task_name} failed: {one_line(failed.exception)}", file=sys.stderr)
+    ours = {NAMES.get(name, name): scores}
+    print(scores_table(ours, [task.metadata.name for task in tasks]).markdown())
+    print()
+    print(tasks_table(ours).markdown())
+    return 1 if result.exceptions else 0
+
+
+def _tasks(mteb: Any, names: list[str]) -> list[Any]:
+    """The tasks of one benchmark, or tasks by name.
+
+    Raises:
+        InputError: No such name; the message has near ones.
+    """
+    import difflib
+
+    benchmarks = {benchmark.name for benchmark in mteb.get_benchmarks()}
+    if len(names) == 1 and names[0] in benchmarks:
+        return list(mteb.get_benchmark(names[0]))
+    known = {task.metadata.name for task in mteb.get_tasks()}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, benchmarks | known, 5, 0.4)
+            rule = f"a benchmark or tasks of mteb ({', '.join(near) or 'MTEB(eng, v2), ...'})"
+            raise InputError(f"benchmark: expected {rule}, got {name!r}")
+    return list(mteb.get_tasks(tasks=names, languages=["eng"]))
+
+
+def _score(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _prompts(path: str | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise InputError(f"prompts: expected JSON, got {one_line(error)}") from None
+    if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
+        raise InputError(f"prompts: expected an object of strings in {path}, got another")
+    return content

@@ -1,0 +1,1 @@
+"""Evaluation of pre-trained models; fine-tuned ones are judged where they are trained."""

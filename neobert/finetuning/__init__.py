@@ -1,0 +1,1 @@
+"""Fine-tuning: a classifier, packed batches, the paper's schedule; ``glue`` has its nine tasks."""

@@ -1,0 +1,77 @@
+"""Pictures of results, through matplotlib where that is installed."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def bars(
+    path: Path,
+    title: str,
+    unit: str,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+) -> Path | None:
+    """Bars side by side in every group; nothing where a value is missing. None without matplotlib.
+
+    Args:
+        path: A ``.png`` to write.
+        title, unit: Over the picture, along its height.
+        groups: Names along its width.
+        series: A value per group under the name of each series.
+    """
+    figure = _figure(2 + 1.2 * len(groups))
+    if figure is None:
+        return None
+    axes = figure.subplots()
+    width = 0.8 / max(len(series), 1)
+    for number, (name, values) in enumerate(series.items()):
+        known = [(i, value) for i, value in enumerate(values) if value is not None]
+        at = [i + (number + 0.5) * width - 0.4 for i, _ in known]
+        axes.bar(at, [value for _, value in known], width, label=name)
+    axes.set_xticks(range(len(groups)), groups)
+    return _write(figure, axes, path, title, "", unit)
+
+
+def curves(
+    path: Path,
+    title: str,
+    x_unit: str,
+    y_unit: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    points: Mapping[str, Sequence[tuple[float, float]]],
+) -> Path | None:
+    """Lines through ``(x, y)``, and faint points under the same names. None without matplotlib."""
+    figure = _figure(9)
+    if figure is None:
+        return None
+    axes = figure.subplots()
+    for number, name in enumerate(lines):
+        color = f"C{number % 10}"
+        axes.plot(*zip(*lines[name], strict=True), marker="o", color=color, label=name)
+        if points.get(name):
+            axes.scatter(*zip(*points[name], strict=True), s=8, alpha=0.3, color=color)
+    return _write(figure, axes, path, title, x_unit, y_unit)
+
+
+def _figure(width: float) -> Any:
+    try:
+        # The figure's own canvas: pyplot would look for a display and keep every figure.
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=(width, 5), layout="constrained")
+
+
+def _write(figure: Any, axes: Any, path: Path, title: str, x_unit: str, y_unit: str) -> Path:
+    axes.set_title(title)
+    axes.set_xlabel(x_unit)
+    axes.set_ylabel(y_unit)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    staged = path.with_name(f"{path.name}.new")
+    figure.savefig(staged, format="png", dpi=120)
+    os.replace(staged, path)
+    return path

@@ -1,0 +1,71 @@
+"""Tables as Markdown and HTML, and a page of them that needs no other file."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+_STYLE = """\
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em }
+table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
+th, td { border-bottom: 1px solid #ccc; padding: .25em .7em; text-align: left; white-space: nowrap }
+td.number { text-align: right; font-variant-numeric: tabular-nums }
+img { max-width: 100% }
+"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of text; columns from ``numbers_from`` on are set to the right."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers_from: int | None = None
+
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.columns) for row in self.rows)
+
+    def _is_number(self, column: int) -> bool:
+        return self.numbers_from is not None and column >= self.numbers_from
+
+    def markdown(self) -> str:
+        ruler = ["---:" if self._is_number(i) else "---" for i in range(len(self.columns))]
+        lines = [self.columns, ruler, *self.rows]
+        return "\n".join(f"| {' | '.join(map(_one_cell, line))} |" for line in lines)
+
+    def html(self) -> str:
+        head = "".join(f"<th>{escape(name)}</th>" for name in self.columns)
+        body = []
+        for row in self.rows:
+            cells = (
+                f"<td{' class=number' if self._is_number(i) else ''}>{escape(cell)}</td>"
+                for i, cell in enumerate(row)
+            )
+            body.append(f"<tr>{''.join(cells)}</tr>")
+        lines = "\n".join(body)
+        return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n</table>"
+
+
+def html_page(
+    title: str, text: str, tables: Sequence[tuple[str, Table]], picture: Path | None
+) -> str:
+    """One page: a text, tables under their headings, and a ``.png`` inside the page."""
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(text)}</p>"]
+    for heading, table in tables:
+        if heading:
+            parts.append(f"<h2>{escape(heading)}</h2>")
+        parts.append(table.html())
+    if picture is not None:
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">')
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _one_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,66 @@
+"""MTEB: our encoder as a model of mteb, and the table beside the paper's."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import texts
+import torch
+from encoders import ENCODERS
+
+from neobert import cli
+from neobert.encode import Encoder
+from neobert.evaluation.mteb_report import KINDS, PAPER, scores_table, tasks_table
+
+
+def test_means_are_given_for_whole_kinds_only() -> None:
+    benchmark = ["a", "b", "c"]
+    ours = {"m": {"a": ("STS", 0.5), "b": ("STS", 0.7), "x": ("STS", 0.1)}, "n": {}}
+    rows = {(row[0], row[1]): row[2:] for row in scores_table(ours, benchmark).rows}
+    assert rows["NeoBERT-4096", "paper"][-1] == "51.3"
+    assert rows["NeoBERT-4096", "ours"] == ["not run"] * 8
+    assert rows["m", "ours"][list(KINDS).index("STS")] == "60.0"
+    assert rows["m", "ours"][-1] == "2 of 3 tasks"
+    assert rows["n", "ours"] == ["not run"] * 8
+    assert tasks_table({"m": {"a": ("STS", None)}}).rows == [["a", "STS", "not run"]]
+    assert len(PAPER) == 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = ENCODERS["bert"].base(num_hidden_layers=1)
+    return texts.save("bert", model, tmp_path_factory.mktemp("tiny"))
+
+
+# mteb's own: it copies tensors with torch.tensor.
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
+def test_every_kind_of_task_runs_and_prompts_reach_the_texts(folder: Path) -> None:
+    mteb = pytest.importorskip("mteb")
+    from neobert.evaluation.mteb_encoder import MTEBEncoder
+
+    encoder = Encoder.load(folder, device="cpu")
+    model = MTEBEncoder(encoder, "tiny", {"query": "find: "})
+    results = mteb.mock_run(model)
+    failed = {name: status for name, status in results.items() if hasattr(status, "exception")}
+    assert failed == {}
+    assert sum(status is not None for _, status in results.items()) > 10
+    (task,) = mteb.get_tasks(tasks=["STSBenchmark"])
+    given = {"task_metadata": task.metadata, "hf_split": "test", "hf_subset": "default"}
+    batches = [{"text": ["a cat", "a dog"]}, {"text": ["x"]}]
+    plain = model.encode(batches, **given)
+    np.testing.assert_array_equal(plain, encoder.encode(["a cat", "a dog", "x"]))
+    asked = model.encode(batches, **given, prompt_type=mteb.types.PromptType.query)
+    np.testing.assert_allclose(
+        asked, encoder.encode(["find: a cat", "find: a dog", "find: x"]), atol=1e-6
+    )
+
+
+def test_an_unknown_benchmark_has_near_names(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mteb")
+    given = ["--model", str(folder), "--output", str(tmp_path / "out")]
+    assert cli.main(["evaluate", "mteb", *given, "--benchmark", "STSBenchmarc"]) == 2
+    assert "STSBenchmark" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

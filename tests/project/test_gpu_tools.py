@@ -1,0 +1,210 @@
+"""What runs on a lent GPU is tried out here: stages, deadlines, sweeps, comparisons of commits."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import compare_commits
+import gpu_test
+import gpu_tune
+import pytest
+import tuning
+from compare_commits import Row, Side
+from gpu_test import Stage
+from operator_cases import CASES
+
+from neobert_kernels import _runtime
+
+ROOT = Path(__file__).resolve().parents[2]
+SAY = (sys.executable, "-c")
+
+
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *listed: Stage, **options: Any) -> Any:
+    """Run these stages in place of the real ones: exit code and the file."""
+    monkeypatch.setattr(gpu_test, "stages", lambda *_: list(listed))
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
+    arguments = ["--output", str(tmp_path), "--stand-in"]
+    arguments += [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    code = gpu_test.main(arguments)
+    return code, json.loads((tmp_path / "gpu-test.json").read_text())
+
+
+def test_every_stage_has_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, found = stages(
+        tmp_path, monkeypatch,
+        Stage("good", (*SAY, "print('fine')")),
+        Stage("bad", (*SAY, "raise SystemExit(3)")),
+        Stage("missing", ("no-such-program",), needed=False),
+        Stage("refused", (*SAY, "print('Device not supported'); raise SystemExit(1)"), False),
+    )  # fmt: skip
+    assert code == 1
+    outcomes = {name: result["outcome"] for name, result in found["stages"].items()}
+    assert outcomes == {"good": "passed", "bad": "failed", "missing": "absent", "refused": "absent"}
+    assert found["stages"]["good"]["summary"] == "fine"
+    assert "fine" in (tmp_path / "gpu-test.log").read_text()
+
+
+def test_a_stage_ends_by_the_deadline_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_test, "LEAST_S", 0.5)
+    spawn = (
+        "import subprocess as s, sys; s.run([sys.executable, '-c', 'import time; time.sleep(99)'])"
+    )
+    began = time.monotonic()
+    code, found = stages(
+        tmp_path, monkeypatch, Stage("slow", (*SAY, spawn)), Stage("late", SAY),
+        **{"deadline-s": 1.0},
+    )  # fmt: skip
+    assert time.monotonic() - began < 30
+    assert found["stages"]["slow"]["outcome"] == "out of time"
+    assert found["not_reached"] == ["late"]
+    assert code == 0
+
+
+def test_a_second_run_keeps_what_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = tmp_path / "mark"
+    append = f"open({str(mark)!r}, 'a').write('x'); raise SystemExit({{}})"
+    listed = [Stage(name, (*SAY, append.format(code))) for name, code in (("a", 0), ("b", 1))]
+    for _ in range(2):
+        _, found = stages(tmp_path, monkeypatch, *listed)
+    assert mark.read_text() == "xxx"  # the failed one ran twice
+    assert found["stages"]["a"]["resumed"]
+    monkeypatch.setattr(gpu_test.evidence, "source", lambda: "other")
+    stages(tmp_path, monkeypatch, *listed)
+    assert mark.read_text() == "xxxxx"
+
+
+def test_the_real_stages_name_files_that_exist() -> None:
+    for stage in gpu_test.stages(4, 1000, False):
+        for part in stage.command:
+            if part.startswith(("tests/", "benchmarks/")):
+                assert (ROOT / part).exists(), part
+
+
+@pytest.mark.parametrize("knob", tuning.KNOBS, ids=lambda knob: knob.title)
+def test_every_knob_is_where_it_is_said_to_be(knob: tuning.Knob) -> None:
+    pytest.importorskip("triton")
+    original = getattr(knob.owner, knob.name)
+    with tuning.replaced(knob, "other"):
+        assert getattr(knob.owner, knob.name) == "other"
+    assert getattr(knob.owner, knob.name) is original
+    assert set(knob.operators) <= set(_runtime.load_operators())
+
+
+def test_every_operator_with_a_kernel_has_a_knob() -> None:
+    pytest.importorskip("triton")
+    tuned = {name for knob in tuning.KNOBS for name in knob.operators}
+    kernels = {name for name, op in _runtime.load_operators().items() if op.kernels}
+    assert kernels - tuned <= {"rope_table"}  # a table is made once for a batch
+
+
+def test_candidates_differ_in_one_number_and_keep_what_the_shape_decides() -> None:
+    pytest.importorskip("triton")
+    import torch
+
+    from neobert_kernels.ops import swiglu
+    from neobert_kernels.ops.attention import tiles
+
+    choice = swiglu.choice(2048, 2)
+    knob = next(k for k in tuning.KNOBS if k.module == "swiglu")
+    near = tuning.candidates(knob, choice)
+    assert {f"warps={n}" for n in (2, 8)} <= near.keys()
+    for value in near.values():
+        assert sum(vars(value)[key] != vars(choice)[key] for key in vars(choice)) == 1
+    knob = next(k for k in tuning.KNOBS if k.name == "choose")
+    tile = tiles.choose(64, torch.bfloat16, 90, 4096, True)
+    labels = tuning.candidates(knob, tile)
+    assert {"forward.stages=4", "turn_inside=True", "forward=specialized"} <= labels.keys()
+    assert not any("search" in label for label in labels)
+
+
+def test_a_sweep_measures_proposes_and_changes_nothing(tmp_path: Path) -> None:
+    """One operator in the interpreter, in a process of its own; a second run has nothing to do."""
+    pytest.importorskip("triton")
+    before = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True).stdout
+    command = [sys.executable, "benchmarks/gpu_tune.py", "--stand-in", "--operator", "rope"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("tune-*.json")
+    document = json.loads(path.read_text())
+    knobs = {sweep["knob"] for sweep in document["cases"]["rope"]}
+    assert knobs == {k.title for k in tuning.KNOBS if "rope" in k.operators}
+    tried = [m for s in document["cases"]["rope"] for m in s["tried"].values()]
+    assert any("gain" in m for m in tried)
+    assert document["not_reached"] == []
+    assert "| rope |" in path.with_suffix(".md").read_text()
+    after = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True).stdout
+    assert after == before
+
+
+def test_a_value_is_proposed_only_beyond_the_spread() -> None:
+    from timing import Timing
+
+    def verdict(median: float, low: float, high: float, forward: float = 1.0) -> bool:
+        mine = Timing(median, low, high)
+        default = Timing(1.0, 0.95, 1.05)
+        both = {"default": default, "x": mine}
+        first = {"default": default, "x": Timing(forward, forward, forward)}
+        return gpu_tune.verdict({"forward": first, "both": both}, "x")["proposed"]
+
+    assert verdict(0.8, 0.75, 0.85)
+    assert not verdict(0.8, 0.7, 0.96)
+    assert not verdict(0.8, 0.75, 0.85, forward=1.2)  # pays for itself in the forward alone
+
+
+def test_unknown_operators_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_tune.main(["--output", "x", "--operator", "nothing"])
+    assert capsys.readouterr().err
+
+
+def row(before: tuple[float, float, float], now: tuple[float, float, float]) -> Row:
+    return Row("rms_norm", "x", Side(*before), Side(*now))
+
+
+def test_slower_means_five_percent_beyond_the_spread() -> None:
+    assert row((1.0, 0.99, 1.01), (1.1, 1.09, 1.11)).slower
+    assert not row((1.0, 0.99, 1.01), (1.04, 1.03, 1.05)).slower
+    assert not row((1.0, 0.9, 1.2), (1.1, 1.0, 1.3)).slower
+    assert row((1.0, 0.99, 1.01), (0.9, 0.89, 0.91)).faster
+
+
+def turn(folder: Path, name: str, ours: float) -> Path:
+    path = folder / name / "device" / "2026-01-01.json"
+    path.parent.mkdir(parents=True)
+    values = {"ours_median_s": ours, "ours_low_s": 0.99 * ours, "ours_high_s": 1.01 * ours}
+    rate = {f"patched_{k}tokens_per_s": 1 / ours for k in ("", "low_", "high_")}
+    results = [
+        {"name": "rms_norm", "case": "x", "values": values},
+        {"name": "inference", "case": "y", "values": rate},
+        {"name": "import", "case": "z", "values": {"added_s": 1.0}},
+    ]
+    path.write_text(json.dumps({"results": results}))
+    return folder / name
+
+
+def test_turns_are_taken_together(tmp_path: Path) -> None:
+    base = [turn(tmp_path, f"base{i}", seconds) for i, seconds in enumerate((1.0, 1.02))]
+    head = [turn(tmp_path, f"head{i}", seconds) for i, seconds in enumerate((1.2, 1.22))]
+    found = compare_commits.rows(base, head)
+    assert [(r.name, r.slower) for r in found] == [("rms_norm", True), ("inference", True)]
+    assert found[0].base.low_s == pytest.approx(0.99)
+    assert found[0].head.high_s == pytest.approx(1.22 * 1.01)
+    text = compare_commits.markdown(found, "b" * 40, "h" * 40, ["a note."])
+    assert "2 slower by over 5%" in text
+    assert "| rms_norm: x | 1.01e+06 us | 1.21e+06 us | 1.198 **slower** |" in text
+    (empty := tmp_path / "empty").mkdir()
+    assert compare_commits.rows([empty], head[:1]) == []
+
+
+def test_cases_of_operators_are_all_registered() -> None:
+    assert {operator for operator, _ in CASES} <= set(_runtime.load_operators())
