@@ -31,8 +31,9 @@ from neobert_kernels.ops import attention as module
 from neobert_kernels.ops.attention.reference import attention_reference_backward
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
-# For tiles of 32 by 16: tails, a second tile, empty documents inside and at the end.
-LENGTHS = (5, 1, 0, 33, 18, 0)
+# For tiles of 32 by 16 and a search by fours: tails, a second tile, a document behind the first
+# vector of boundaries, empty ones inside and at the end.
+LENGTHS = (5, 1, 0, 33, 0, 18, 0)
 on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 
 
