@@ -317,6 +317,21 @@ def test_the_references_blocks_hold_what_a_window_reaches(window):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_rows_of_an_odd_stride_are_rotated(step):
+    """Channels that no complex number can view, and those that are not neighbours."""
+    (q, k, v), cu_seqlens, longest = make((20, 3))
+    wide = torch.zeros(23, 2, 16 * step + 1, device=DEVICE)
+    odd = wide[:, :, 1::step]
+    odd.copy_(q)
+    cos, sin = table((20, 3))
+    outs = [
+        nk.attention(x, k, v, cu_seqlens, longest, cos=cos, sin=sin, interleaved=True)
+        for x in (q, odd)
+    ]
+    assert torch.equal(*outs)
+
+
 class Largest(TorchDispatchMode):
     """The largest tensor that any operation makes."""
 

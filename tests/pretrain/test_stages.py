@@ -1,6 +1,9 @@
 """A run ends in a model that others load, and a second stage begins with it."""
 
 import json
+import os
+import shutil
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,7 @@ from neobert.cli import main
 from neobert.encode import Encoder
 from neobert.pretraining.recipe import Recipe
 from neobert.pretraining.run import train
+from neobert.pretraining.trainer import StoppedError, Trainer
 from neobert.readers import InputError
 
 Small = Callable[..., Recipe]
@@ -143,13 +147,15 @@ def test_weights_come_from_an_unfinished_run_or_a_model_folder(
 
 
 def test_a_second_stage_resumes_without_the_first(
-    first: Path, small: Small, tmp_path: Path
+    first: Path, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     shutil.copytree(first, tmp_path / "first")
     recipe = small(model={"init_from": str(tmp_path / "first")}, checkpoint={"every": 100})
-    assert runs.finish(runs.start(runs.signal_at, recipe, 4)) == 143
+    monkeypatch.setattr(Trainer, "_step", Trainer._step)  # to have it back
+    runs.before_step(4, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(StoppedError, match="stopped by SIGTERM at step 5; saved"):
+        train(recipe, quiet=True)
+    monkeypatch.undo()
     shutil.rmtree(tmp_path / "first")
     train(recipe, resume=True, quiet=True)
     assert runs.records(recipe.train.run)[-1]["step"] == 12
@@ -170,8 +176,6 @@ def test_another_shape_than_the_weights_is_refused(
 
 
 def test_weights_of_another_kind_are_refused(first: Path, small: Small, tmp_path: Path) -> None:
-    import shutil
-
     def refused(name: str, message: str) -> None:
         with pytest.raises(InputError, match=f"model.init_from: {message}"):
             train(small(model={"init_from": str(tmp_path / name)}), quiet=True)
