@@ -27,6 +27,12 @@ import torch
 ROOT = evidence.ROOT
 LEAST_S = 15.0  # a stage is not begun with less time than this
 MOST_LOG_BYTES = 12 << 20
+MODELS = {
+    "model": "tests/model",
+    "patch": "tests/patch",
+    "encode": "tests/encode",
+    "libraries": "tests/libraries",
+}
 REFUSED = re.compile(r"Device not supported|LibraryNotLoaded|does not support", re.IGNORECASE)
 
 
@@ -46,8 +52,7 @@ def stages(jobs: int, repeats: int, stand_in: bool) -> list[Stage]:
     side_by_side = ("-n", str(jobs), "--dist", "worksteal") if jobs > 1 else ()
     sanitized = (python, "benchmarks/gpu_sanitize.py")
     few = ("tests/kernels/test_rms_norm.py",) if stand_in else ("tests/kernels",)
-    models = ("tests/patch/test_rotary.py",) if stand_in else ("tests/patch", "tests/model")
-    rest = ("tests/project/test_cost.py",) if stand_in else ("tests/encode", "tests/libraries")
+    rest = {"models": "tests/project/test_cost.py"} if stand_in else MODELS
     often = ("-k", "rope") if stand_in else ()
     return [
         Stage("doctor", (python, "-m", "neobert", "doctor")),
@@ -65,8 +70,7 @@ def stages(jobs: int, repeats: int, stand_in: bool) -> list[Stage]:
             )
             for tool in ("memcheck", "racecheck")
         ),
-        Stage("models", (*pytest, *side_by_side, *models)),
-        Stage("the rest", (*pytest, *side_by_side, *rest)),
+        *(Stage(name, (*pytest, *side_by_side, folder)) for name, folder in rest.items()),
     ]
 
 
