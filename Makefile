@@ -110,6 +110,7 @@ bench-quick: $(VENV)/.dev
 
 report: $(VENV)/.dev
 	$(BIN)/python benchmarks/report.py --readme
+	$(BIN)/neobert bench --report
 
 # Each ends by its deadline, most important first, and goes on where it ended when it is run again.
 SITE       := build/wheels

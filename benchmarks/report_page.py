@@ -30,10 +30,11 @@ class Section:
     header: list[str]
     rows: list[list[str]]
     notes: list[str]
+    numbers_from: int | None = 1
 
     @property
     def table(self) -> Table:
-        return Table(self.header, self.rows, numbers_from=1)
+        return Table(self.header, self.rows, self.numbers_from)
 
 
 def write(folder: Path, output: Path) -> list[Path]:
@@ -260,7 +261,7 @@ def _plain(name: str, results: list[Result]) -> Section:
             if isinstance(value, str | int | float)
         ]
         rows.append([result.case, ", ".join(shown)])
-    return Section(name, ["case", "values"], rows, [])
+    return Section(name, ["case", "values"], rows, [], numbers_from=None)
 
 
 def gpu_of(group: Group) -> Gpu | None:
