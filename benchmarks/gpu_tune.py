@@ -156,6 +156,8 @@ def verdict(times: dict[str, dict[str, Timing]], label: str) -> dict[str, Any]:
 
 def markdown(document: dict[str, Any]) -> str:
     lines = [f"# Launch choices on {document['machine']['device']}", ""]
+    if document["stand_in"]:
+        lines += ["A trial in Triton's interpreter: the times say nothing about a GPU.", ""]
     lines += [f"Commit {document['commit']}. Nothing was changed; a commit decides.", ""]
     lines += ["| operator | choice | asked with | default | proposal | default, us | proposal, us |"
               " gain |", "|---" * 8 + "|"]  # fmt: skip
@@ -216,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def save() -> None:
         left = [f"{operator} {case} {knob.title}" for operator, case, knob in pending[number:]]
-        document = {**about, "cases": cases, "not_reached": left}
+        document = {**about, "stand_in": args.stand_in, "cases": cases, "not_reached": left}
         evidence.write_json(path, document)
         stem.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
 
