@@ -12,6 +12,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 @pytest.mark.parametrize(("operator", "case"), CASES, ids=lambda value: value or "plain")
 def test_the_same_bits_every_time(operator, case, repeats):
+    if _runtime.INTERPRET and repeats <= 2:
+        pytest.skip("slow, and the interpreter has one thread; asked for by --repeats")
     size, dtype = (FULL, torch.bfloat16) if CUDA else (TINY, torch.float32)
     given = sample(operator, case, size, DEVICE, dtype)
     first = outputs(operator, given)
