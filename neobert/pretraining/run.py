@@ -173,7 +173,7 @@ def _watching(recipe: Recipe, saved: Saved | None, quiet: bool) -> Iterator[Watc
     checkpoints.drop_after(done)
     text = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
     files.write_atomically(run / "recipe.yaml", text)
-    trackers = open_trackers(recipe.log.trackers, run / "trackers", start.settings(recipe))
+    trackers = open_trackers(recipe.log.trackers, run, start.settings(recipe))
     with log.Log(run) as records:
         records.truncate(done)
         watch = Watch(records, recipe.schedule.steps, trackers, quiet)
