@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from original_neobert import original_forward
@@ -27,6 +27,7 @@ PINNED = {
 }
 # The patched model with the attention of others, on packed documents as well.
 PACKED_PEERS = {"patched_torch_varlen": "torch_varlen", "patched_flash_attn": "flash_attn"}
+Result = TypeVar("Result")
 Way = Callable[[Tensor, Tensor], Tensor]  # token ids and mask to hidden states, [B, S, C]
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -141,13 +142,18 @@ def pinned(way: Way, backend: SDPBackend) -> Way:
 
 
 def fitting_peak(variant: Variant, device: str) -> int | None:
-    """`peak_memory` of a call.
+    """`peak_memory` of a call; raises as `fits` does."""
+    return fits(lambda: peak_memory(variant, device))
+
+
+def fits(function: Callable[[], Result]) -> Result:
+    """What ``function`` returns.
 
     Raises:
         DoesNotFitError: The memory does not suffice; what it took is free again.
     """
     try:
-        return peak_memory(variant, device)
+        return function()
     except (torch.OutOfMemoryError, MemoryError) as error:
         message = str(error)
     except RuntimeError as error:

@@ -31,8 +31,9 @@ from neobert_kernels.ops import attention as module
 from neobert_kernels.ops.attention.reference import attention_reference_backward
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
-# For tiles of 32 by 16: tails, a second tile, empty documents inside and at the end.
-LENGTHS = (5, 1, 0, 33, 18, 0)
+# For tiles of 32 by 16 and a search by fours: tails, a second tile, a document behind the first
+# vector of boundaries, empty ones inside and at the end.
+LENGTHS = (5, 1, 0, 33, 0, 18, 0)
 on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 
 
@@ -314,6 +315,21 @@ def test_the_references_blocks_hold_what_a_window_reaches(window):
     written_out = attention_reference_backward(dout, *qkv, *rest)
     for a, e in zip((*actual, *written_out), (*expected, *expected[1:]), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_rows_of_an_odd_stride_are_rotated(step):
+    """Channels that no complex number can view, and those that are not neighbours."""
+    (q, k, v), cu_seqlens, longest = make((20, 3))
+    wide = torch.zeros(23, 2, 16 * step + 1, device=DEVICE)
+    odd = wide[:, :, 1::step]
+    odd.copy_(q)
+    cos, sin = table((20, 3))
+    outs = [
+        nk.attention(x, k, v, cu_seqlens, longest, cos=cos, sin=sin, interleaved=True)
+        for x in (q, odd)
+    ]
+    assert torch.equal(*outs)
 
 
 class Largest(TorchDispatchMode):

@@ -120,6 +120,21 @@ def test_given_positions_are_used(family, model):
     assert_same(last(model, input_ids=ids, position_ids=positions), rounded, exact)
 
 
+@pytest.mark.parametrize(
+    ("family", "positions"),
+    [
+        ("bert", [0, 1, 4, 9, 10, 20, 30]),
+        ("nomic_bert", [3, 4, 5, 7, 11, 13, 40]),
+        ("roberta", [2, 3, 1, 4, 5, 6, 7]),  # the third token is a padding id, which does not count
+    ],
+)
+def test_one_row_of_rising_positions_is_one_document(family, model, positions):
+    inputs = {"input_ids": torch.randint(2, 97, (1, 7)), "position_ids": torch.tensor([positions])}
+    exact, rounded = last(copy.deepcopy(model).double(), **inputs), last(model, **inputs)
+    nk.patch(model)
+    assert_same(last(model, **inputs), rounded, exact)
+
+
 @families
 def test_a_document_never_sees_another(family, model):
     ids, mask = padded(family)
