@@ -34,6 +34,9 @@ def goes_on_as(whole: Path, recipe: Recipe) -> None:
     assert runs.finish(runs.start(runs.run, recipe, True)) == 0
     assert runs.records(recipe.train.run) == runs.records(whole)
     assert runs.weights(f"{recipe.train.run}/final") == runs.weights(whole / "final")
+    # Nothing half done ever stood under a checkpoint's name.
+    notes = [record["text"] for record in runs.records(recipe.train.run, "note")]
+    assert not any("trying the checkpoint before" in text for text in notes)
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
