@@ -80,7 +80,7 @@ support: $(VENV)/.dev
 	$(call pytest,$(VENV)) tests/patch --support-table=docs/support.md
 
 interpret: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(call pytest,$(VENV)) tests/kernels $(INTERPRETED)
+	TRITON_INTERPRET=1 $(call pytest,$(VENV)) tests/kernels $(INTERPRETED) tests/pretrain/test_convergence.py
 
 aot: $(VENV)/.dev
 	$(call pytest,$(VENV)) tests/kernels -m aot

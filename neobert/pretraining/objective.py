@@ -90,7 +90,9 @@ def prepare_model(model: NeoBERTForMaskedLM, train: Train, ranks: Ranks) -> tupl
     """
     nn.Module.to(model, ranks.device)
     if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The newer name, where transformers has it; the older one warns there.
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     objective = Objective(model, train.patch).train()
     layers = model.model.transformer_encoder
     if train.compile:

@@ -3,7 +3,7 @@
 A run that began from another one of the picture (``model.init_from``) continues its curve.
 """
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from neobert.files import sync_folder
+from neobert.files import write_atomically
 from neobert.pretraining import log
 from neobert.pretraining.rules import error
 
@@ -22,7 +22,7 @@ Points = list[tuple[float, float]]
 
 RECIPE = "recipe.yaml"
 # Records that one point of a smoothed curve is the mean of, as a share of all.
-WINDOW = 1 / 50
+WINDOW = 1 / 25
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
 
@@ -52,6 +52,7 @@ def plot(folders: Sequence[str | Path], output_png: str | Path) -> Path:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter, PercentFormatter
     except ImportError:
         rule = "the package matplotlib to be installed"
         raise error("plot", rule, "none; pip install 'neobert-kernels[plot]'") from None
@@ -73,17 +74,17 @@ def plot(folders: Sequence[str | Path], output_png: str | Path) -> Path:
     ):
         axis.set_title(title, loc="left")
         axis.set_xlabel("tokens")
+        axis.xaxis.set_major_formatter(EngFormatter())
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         if axis.has_data():
             axis.legend(frameon=False)
-    staged = output.with_name(f"{output.name}.new")
-    with open(staged, "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, output)
-    sync_folder(output.parent)
+    if evaluated:
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1))
+        axes[1].set_ylim(bottom=0)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_atomically(output, picture.getvalue())
     return output
 
 
@@ -180,7 +181,7 @@ def _draw_loss(axis: "Axes", run: Curves, colour: str) -> None:
 def _draw_accuracy(axis: "Axes", run: Curves, colour: str, baseline: str | None) -> None:
     for points, style, label in (
         (run.accuracy, "o-", run.name),
-        (run.unigram, ":", baseline),
+        (run.unigram, ".:", baseline),
     ):
         if points:
             axis.plot(*zip(*points, strict=True), style, color=colour, markersize=4, label=label)

@@ -3,12 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import training_runs as runs
 from safetensors.torch import load_file
 
+from neobert.pretraining import evaluation
+from neobert.pretraining.ranks import Ranks
 from neobert.pretraining.recipe import Recipe
 from neobert.pretraining.run import train
 
@@ -36,6 +40,19 @@ def like_alone(alone: Path, run: Path) -> None:
     for name, tensor in load_file(run / "final" / "model.safetensors").items():
         assert tensor.shape == tensors[name].shape
         assert (tensor - tensors[name]).norm() < 1e-3 * tensors[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_share_an_evaluation_in_as_many_forwards_each(world: int) -> None:
+    for count in range(7):
+        batches: Any = [SimpleNamespace(number=number) for number in range(count)]
+        shares = [
+            list(evaluation._share(iter(batches), Ranks(rank, world, torch.device("cpu"))))
+            for rank in range(world)
+        ]
+        assert len({len(share) for share in shares}) == 1
+        counted = [batch.number for share in shares for batch, counts in share if counts]
+        assert sorted(counted) == list(range(count))
 
 
 @pytest.mark.parametrize("parallel", WRAPPERS)

@@ -34,6 +34,9 @@ def goes_on_as(whole: Path, recipe: Recipe) -> None:
     assert runs.finish(runs.start(runs.run, recipe, True)) == 0
     assert runs.records(recipe.train.run) == runs.records(whole)
     assert runs.weights(f"{recipe.train.run}/final") == runs.weights(whole / "final")
+    # Nothing half done ever stood under a checkpoint's name.
+    notes = [record["text"] for record in runs.records(recipe.train.run, "note")]
+    assert not any("trying the checkpoint before" in text for text in notes)
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
@@ -42,14 +45,14 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     recipe = small()
     calls = int((whole / "calls").read_text())
     # From a third on: what comes before is imports and the first step.
-    moments = [random.Random().randrange(calls // 3, calls) for _ in range(4)]
+    moments = [random.Random().randrange(calls // 3, calls) for _ in range(3)]
     for number, moment in enumerate(moments):
         process = runs.start(runs.die_at_call, recipe, moment, number > 0)
         assert runs.finish(process) in (KILLED, 0), moments
     goes_on_as(whole, recipe)
 
 
-@pytest.mark.parametrize("number", [2, 5, 7, 9, 12])
+@pytest.mark.parametrize("number", [2, 6, 9])
 def test_a_kill_in_the_middle_of_writing_costs_no_bit(
     number: int, small: Small, whole: Path
 ) -> None:
@@ -58,7 +61,7 @@ def test_a_kill_in_the_middle_of_writing_costs_no_bit(
     goes_on_as(whole, recipe)
 
 
-@pytest.mark.parametrize("number", [3, 4, 5, 6, 12])
+@pytest.mark.parametrize("number", [3, 5, 12])
 def test_a_kill_between_two_renames_costs_no_bit(number: int, small: Small, whole: Path) -> None:
     recipe = small()
     assert runs.finish(runs.start(runs.die_at_rename, recipe, number)) == KILLED

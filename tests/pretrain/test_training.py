@@ -84,7 +84,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_a_run_has_the_losses_of_a_plain_loop(
     name: str, small: Small, counting: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled = partialmethod(nn.Module.compile, backend="aot_eager")
+    compiled = partialmethod(nn.Module.compile, backend="eager")
     monkeypatch.setattr(nn.Module, "compile", compiled)
     torch.compiler.reset()
     changes = SETTINGS[name]
