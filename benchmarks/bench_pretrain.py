@@ -10,6 +10,9 @@ tokens. An optimizer step has as many micro-batches as its documents need.
 import functools
 import itertools
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +28,7 @@ from torch.nn import functional as F
 from neobert import NeoBERTConfig
 from neobert.heads import NeoBERTForMaskedLM
 from neobert.passages import standard_library_passages
-from neobert.pretraining import objective, optimizer
+from neobert.pretraining import log, objective, optimizer
 from neobert.pretraining.batches import Gather, MicroBatch, Plan
 from neobert.pretraining.packing import pack
 from neobert.pretraining.prepare import prepare
@@ -109,6 +112,32 @@ def test_pretrain_cpu(
     compare("pretrain_cpu", config, CPU, micro_batches, quick, device, once, record)
 
 
+def test_pretrain_smoke(
+    tmp_path: Path, quick: bool, once: Callable[..., Any], record: Callable[..., None]
+) -> None:
+    """recipes/cpu_smoke/run.py as a user runs it: both stages, and what the model then predicts."""
+    if quick:
+        pytest.skip("the tests run it small")
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(SMOKE.with_name("run.py")), "--run", str(tmp_path)]
+    began = time.perf_counter()
+    once(lambda: subprocess.run(command, check=True))
+    seconds = time.perf_counter() - began
+    stages = [log.read(tmp_path / stage) for stage in ("stage1", "stage2")]
+    last = stages[-1][-1]
+    assert last["kind"] == "eval"
+    record(
+        "pretrain_smoke",
+        "the standard library's code, both stages",
+        ratio=last["accuracy"] / last["unigram_accuracy"],
+        accuracy=last["accuracy"],
+        baseline_accuracy=last["unigram_accuracy"],
+        loss=last["loss"],
+        whole_run_s=seconds,
+        tokens=sum(max(r.get("tokens", 0) for r in stage) for stage in stages),
+    )
+
+
 def compare(
     name: str,
     config: NeoBERTConfig,
@@ -189,6 +218,8 @@ def training_step(
     optimizer.set_lr(adamw, LR)
     labelled = sum(len(batch.rows) for batch in batches)
     place = torch.device(device)
+    if device == "cuda":
+        batches = [batch.pin_memory() for batch in batches]  # as the trainer's loader does
 
     def call(number: int) -> Tensor:
         for batch in batches:

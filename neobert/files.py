@@ -10,11 +10,11 @@ from typing import Any, BinaryIO
 from neobert.readers import InputError
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a small file that a kill leaves either old or new, never half."""
     staged = path.with_name(f"{path.name}.new")
     with open(staged, "wb") as file:
-        file.write(text.encode())
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(staged, path)

@@ -51,7 +51,7 @@ class Log:
         """Drop the records of later steps, which a resumed run makes again."""
         kept = [line for line, record in _records(self.path) if record["step"] <= step]
         self._file.close()
-        write_atomically(self.path, b"".join(kept).decode())
+        write_atomically(self.path, b"".join(kept))
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
     def sync(self) -> None:

@@ -3,7 +3,7 @@
 A run that began from another one of the picture (``model.init_from``) continues its curve.
 """
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from neobert.files import sync_folder
+from neobert.files import write_atomically
 from neobert.pretraining import log
 from neobert.pretraining.rules import error
 
@@ -82,13 +82,9 @@ def plot(folders: Sequence[str | Path], output_png: str | Path) -> Path:
     if evaluated:
         axes[1].yaxis.set_major_formatter(PercentFormatter(1))
         axes[1].set_ylim(bottom=0)
-    staged = output.with_name(f"{output.name}.new")
-    with open(staged, "wb") as file:
-        figure.savefig(file, format="png", dpi=150)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, output)
-    sync_folder(output.parent)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_atomically(output, picture.getvalue())
     return output
 
 

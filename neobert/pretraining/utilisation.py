@@ -9,22 +9,18 @@ import re
 import torch
 
 from neobert.config import NeoBERTConfig
+from neobert.floors.gpus import GPUS
 
-# Dense bfloat16 with float32 sums, FLOP/s, from NVIDIA's data sheets: the first name that occurs.
-PEAKS: tuple[tuple[str, float], ...] = (
-    (r"B200", 2250e12),
-    (r"GH200|H200", 989e12),
-    (r"H100 PCIe", 756e12),
-    (r"H100 NVL", 835e12),
-    (r"H100", 989e12),
-    (r"A100", 312e12),
-    (r"L40S", 362e12),
-    (r"L4", 121e12),
-    (r"A10", 125e12),
-    (r"RTX 4090", 165e12),
-)
-# Parts of names of slower devices that share a name with one above.
-OTHERS = r"\b(MIG|Laptop|Mobile|Max-Q)\b"
+# What a driver calls the GPUs of `neobert.floors.gpus`; slower cards share a part of their names.
+NAMES = {
+    r"B200": "b200",
+    r"GH200|H200": "h200",
+    r"H100": "h100",
+    r"A100": "a100",
+    r"L4": "l4",
+    r"RTX 4090": "rtx-4090",
+}
+OTHERS = r"\b(PCIe|NVL|MIG|Laptop|Mobile|Max-Q)\b"
 
 
 def model_flops_per_token(
@@ -69,7 +65,8 @@ def peak_of(name: str) -> float | None:
     """`peak_flops` of a GPU by the name that its driver gives."""
     if re.search(OTHERS, name):
         return None
-    return next((rate for words, rate in PEAKS if re.search(rf"\b({words})\b", name)), None)
+    found = (key for words, key in NAMES.items() if re.search(rf"\b({words})\b", name))
+    return next((GPUS[key].matrix_flop_per_s for key in found), None)
 
 
 def utilisation(

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -92,6 +93,17 @@ def test_an_ablation_changes_what_its_name_says(before: str, after: str, changed
     a, b = (settings(f"ablations/{name}.yaml") for name in (before, after))
     found = {key.partition(".")[2] for key in a if a[key] != b[key]}
     assert found == changed | {"run"}
+
+
+def test_the_documented_recipe_is_one(tmp_path: Path) -> None:
+    docs = (RECIPES.parent / "docs" / "pretraining.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", docs, re.DOTALL)
+    (tmp_path / "other.yaml").write_text("optimizer: {eps: 1e-6}")
+    (tmp_path / "recipe.yaml").write_text(text)
+    found = read_recipe(tmp_path / "recipe.yaml")
+    assert (found.batch.bins, found.optimizer.eps) == (128, 1e-6)
+    for name in re.findall(r"recipes/[\w/]+\.(?:yaml|py)", docs):
+        assert (RECIPES.parent / name).is_file()
 
 
 def smoke() -> ModuleType:
