@@ -103,6 +103,7 @@ def finish(process: Any) -> int:
 
 
 def _alone(target: Callable[..., None], *arguments: Any) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # for workers, as in a run of its own
     torch.set_num_threads(1)
     target(*arguments)
 

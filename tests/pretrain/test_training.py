@@ -179,29 +179,30 @@ def test_checkpoints_stay_as_long_as_the_recipe_says(background: bool, small: Sm
     assert [int(f.name.removeprefix("step-")) for f in folders] == [5, 10, 11, 12]
 
 
-@pytest.mark.parametrize("every", [1, 4])
-def test_a_loss_that_is_not_finite_stops_with_what_led_to_it(
-    every: int, small: Small, counting: Store, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("every", "bad", "seen"),
+    [(1, 7, 7), (5, 7, 8), (100, 8, 8)],
+    ids=["a record", "steps before a checkpoint", "the step of a checkpoint"],
+)
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(
+    every: int, bad: int, seen: int, small: Small, counting: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Trainer._step
     monkeypatch.setattr(Trainer, "_step", real)  # for monkeypatch to put it back
-    runs.before_step(6, runs.poison)
-    recipe = small(log={"every": every, "evaluate": 0})
+    runs.before_step(bad - 1, runs.poison)
+    recipe = small(log={"every": every, "evaluate": 0}, checkpoint={"every": 4})
     folder = Path(recipe.train.run)
-    with pytest.raises(
-        DivergedError, match=r"step 7: the loss is nan; .*checkpoint is step-000000"
-    ):
+    message = rf"step {bad}: the loss is nan; .* state after step {seen} .* is step-00000004"
+    with pytest.raises(DivergedError, match=message):
         train(recipe, quiet=True)
     (stopped,) = (folder / "stopped").iterdir()
-    assert stopped.name == f"step-{7 if every == 1 else 8:08}"
+    assert read(stopped).step == seen
     report = json.loads((stopped / "report.json").read_bytes())
-    seventh = next(itertools.islice(steps(counting, recipe), 6, None))
-    expected = [batch.documents.tolist() for batch in seventh.micro_batches]
-    assert report["step"] == 7
-    assert report["documents by rank and micro-batch"] == [expected]
-    assert read(stopped).step == int(stopped.name[-8:])
-    # No checkpoint holds a weight that is not a number, and the run can go on from the last one.
-    newest = max((folder / "checkpoints").iterdir())
+    batches = next(itertools.islice(steps(counting, recipe), bad - 1, None)).micro_batches
+    assert report["step"] == bad
+    assert report["documents by rank and micro-batch"] == [[b.documents.tolist() for b in batches]]
+    # The run can go on from a checkpoint all of whose weights are numbers.
+    (newest,) = (folder / "checkpoints").iterdir()
     assert all(t.isfinite().all() for t in read(newest).tensors("model.safetensors").values())
     monkeypatch.setattr(Trainer, "_step", real)
     train(recipe, resume=True, quiet=True)
