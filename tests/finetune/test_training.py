@@ -64,12 +64,6 @@ def run(classifier: Classifier, judge: Any = None, **changes: Any) -> Fit:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_gives_the_loss_and_gradients_of_padded(family: str) -> None:
     plain: Any = randomized(ENCODERS[family].head("sequence", num_labels=2)).eval()
-    with torch.no_grad():
-        for (
-            parameter
-        ) in plain.parameters():  # attention that is less sharp than `randomized` has it
-            if parameter.ndim > 1:
-                parameter /= 2
     wide, ours = widened(plain), copy.deepcopy(plain)
     nk.patch(ours)
     tokenizer = texts.tokenizer(family)
