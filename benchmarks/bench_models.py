@@ -5,6 +5,7 @@ batch padded to its longest document. The limit is that of the cost model at the
 a product that are timed in the same rounds.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,8 @@ import pytest
 import torch
 from ceilings import Ceilings, floor_s
 from shapes import CASES, FIRST, MODELS, SMALL, batch_of, longest_of
-from timing import Timing, Variant, interleaved, noisy, peak_memory
-from ways import NAMES, DoesNotFitError, Way, Ways, fits
+from timing import Timing, Variant, interleaved, noisy
+from ways import DoesNotFitError, Way, Ways, fits, fitting_peak
 
 from neobert.floors import ARCHITECTURES, forward
 from neobert.floors.models import of_config
@@ -22,11 +23,14 @@ from neobert.floors.models import of_config
 TOKENS = {"cuda": (8192, 32768, 131072), "cpu": (512, 2048)}
 CURVE = {"cuda": 16384, "cpu": 1024}
 CORE = ("patched", "sdpa")
+CALLS = 8  # of each way at one batch, about
+MOST_S = 15.0  # at one batch; a way that would take longer is past its best anyway
+PAST_BEST = 0.97  # so much of its best rate or less, and a way is not tried on larger batches
 LEAST_S = {"compile": 60.0, "compile_max_autotune": 150.0}  # not begun with less time than this
 
 by_model = pytest.mark.parametrize(
     "model",
-    [pytest.param(n, marks=pytest.mark.importance(1 if n in FIRST else 3)) for n in MODELS],
+    [pytest.param(n, marks=pytest.mark.importance(0 if n in FIRST else 3)) for n in MODELS],
 )
 
 
@@ -57,16 +61,24 @@ class Bench:
         for name, way in ways.items():
             call = call_of(way)
             try:
-                peaks[name] = fits(lambda call=call: peak_memory(call, self.device))
+                peaks[name] = fitting_peak(call, self.device)
                 calls[name] = call
             except DoesNotFitError as error:
                 found.append({"variant": name, **batch, "out_of_memory": str(error)[:120]})
         if not calls:
             return found
         rounds = 2 if self.quick else 5
-        timings: dict[str, Timing] = interleaved(
-            calls | self.ceilings.variants, rounds=rounds, device=self.device, warm_up=1
-        )
+
+        def measure() -> dict[str, Timing]:
+            return interleaved(
+                calls | self.ceilings.variants, rounds=rounds, device=self.device, warm_up=1
+            )
+
+        try:
+            timings = fits(measure)
+        except DoesNotFitError as error:
+            why = str(error)[:120]
+            return found + [{"variant": name, **batch, "out_of_memory": why} for name in calls]
         shape = of_config(self.ways.plain.config)
         least = floor_s(forward(shape, lengths, self.dtype), self.ceilings.gpu(timings), self.dtype)
         for name in calls:
@@ -87,9 +99,13 @@ class Bench:
         return found
 
     def sweep(
-        self, names: Iterable[str], batches: Iterable[list[int]]
+        self, names: Iterable[str], batches: Iterable[list[int]], to_best: bool = False
     ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        """Points of every batch, smallest first; a way that ran out of memory is not run again."""
+        """Points of every batch, smallest first, and why ways are absent.
+
+        A way that ran out of memory is not run again; with ``to_best`` neither is one whose rate
+        has begun to fall, or which would take too long.
+        """
         ways, absent = {}, {}
         for name in names:
             way, why = self.ways.working(name)
@@ -101,24 +117,35 @@ class Bench:
         for lengths in batches:
             if not ways or self.left_s() <= 0:
                 break
-            found = self.point(ways, lengths)
+            if to_best:
+                ways = {
+                    name: way for name, way in ways.items() if self.worth(name, points, lengths)
+                }
+            found = self.point(ways, lengths) if ways else []
             points += found
-            for point in found:
-                if "out_of_memory" in point:
-                    del ways[point["variant"]]
+            full = {point["variant"] for point in found if "out_of_memory" in point}
+            ways = {name: way for name, way in ways.items() if name not in full}
         return points, absent
+
+    def worth(self, name: str, points: list[dict[str, Any]], lengths: list[int]) -> bool:
+        """Whether a larger batch may be faster, and does not take too long to find out."""
+        rates = [point["tokens_per_s"] for point in points if point["variant"] == name]
+        if not rates:
+            return True
+        return rates[-1] > PAST_BEST * max(rates) and CALLS * sum(lengths) / rates[-1] < MOST_S
 
 
 @pytest.fixture
 def bench(
     quick: bool, device: str, once: Callable[..., Any], left_s: Callable[[], float]
 ) -> Callable[[str], Bench]:
-    def make(name: str) -> Bench:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        ways = Ways(MODELS[name], device, dtype, **(SMALL if quick else {}))
-        return Bench(name, ways, device, quick, once, left_s)
+    return lambda name: Bench(name, ways_of(name, device, quick), device, quick, once, left_s)
 
-    return make
+
+@functools.lru_cache(maxsize=1)  # cases of one model follow each other
+def ways_of(name: str, device: str, quick: bool) -> Ways:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return Ways(MODELS[name], device, dtype, **(SMALL if quick else {}))
 
 
 def best_of(points: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -157,8 +184,8 @@ def shortened(lengths: list[int], quick: bool) -> list[int]:
     return [max(4, n // 16) for n in lengths[:4]] if quick else lengths
 
 
-@by_model
 @pytest.mark.parametrize("case", CASES)
+@by_model
 def test_inference(
     model: str, case: str, bench: Callable[[str], Bench], quick: bool, device: str,
     once: Callable[..., Any], record: Callable[..., None],
@@ -173,14 +200,14 @@ def test_inference(
     batches = [shortened(batch_of(case, n, min(longest, 4096)), quick) for n in TOKENS[device]]
     if quick:
         batches = batches[-1:]
-    points, absent = once(lambda: here.sweep(CORE, batches))
+    points, absent = once(lambda: here.sweep(CORE, batches, to_best=True))
     assert not absent, absent
     record("inference", f"{model}, {case}, {here.dtype}, {device}", **summary(points, absent))
 
 
 @pytest.mark.importance(3)
-@pytest.mark.parametrize("model", FIRST)
 @pytest.mark.parametrize("case", ["fixed 512", "ragged", "fixed 4096"])
+@pytest.mark.parametrize("model", FIRST)
 def test_ways(
     model: str, case: str, bench: Callable[[str], Bench], quick: bool, device: str,
     once: Callable[..., Any], record: Callable[..., None], left_s: Callable[[], float],
@@ -192,7 +219,7 @@ def test_ways(
     if quick and case != "ragged":
         pytest.skip("--quick runs the ragged case")
     here = bench(model)
-    names = [n for n in NAMES if left_s() > LEAST_S.get(n, 0.0)]
+    names = [n for n in here.ways.names() if left_s() > LEAST_S.get(n, 0.0)]
     if quick:
         names = [n for n in names if not n.startswith(("compile", "flex"))]
     batch = shortened(batch_of(case, TOKENS[device][1], longest), quick)
@@ -201,8 +228,8 @@ def test_ways(
 
 
 @pytest.mark.importance(2)
-@pytest.mark.parametrize("model", FIRST[:2])
 @pytest.mark.parametrize("axis", ["length", "batch"])
+@pytest.mark.parametrize("model", FIRST[:2])
 def test_curve(
     model: str, axis: str, bench: Callable[[str], Bench], quick: bool, device: str,
     once: Callable[..., Any], record: Callable[..., None],

@@ -100,7 +100,7 @@ def test_pretrain_cpu(
     store = docstrings(tmp_path, 20 if quick else None)
     shape = {**recipe.model.shape, "vocab_size": store.vocabulary.size}
     config = NeoBERTConfig(**(shape | ({"num_hidden_layers": 1} if quick else {})))
-    documents = np.arange(min(len(store), 600))  # the store's order is random already
+    documents = np.arange(min(len(store), 256))  # the store's order is random already
     sizes = {"max_length": 32, "tokens": 256} if quick else {}
     micro_batches = {
         layout: real(store, documents, Batch(**{**vars(recipe.batch), **sizes, "layout": layout}))
@@ -128,7 +128,7 @@ def compare(
     }
     rounds = 1 if quick else 5
     seconds: dict[str, Timing] = once(
-        lambda: interleaved(calls, rounds=rounds, device=device, warm_up=1 if quick else 3)
+        lambda: interleaved(calls, rounds=rounds, device=device, warm_up=1)
     )
     peaks = {key: peak_memory(call, device) for key, call in calls.items()}
     packed, padded = micro_batches["packed"], micro_batches["padded"]

@@ -1,7 +1,7 @@
 """Options of the benchmarks, their order and budget, and the file their results go to.
 
 A benchmark that is more important runs first; with ``--deadline-s`` those that would start too late
-are listed instead. ``importance(1)`` is the first, 2 the default, 3 the last.
+are listed instead. Of ``importance(n)`` 0 is the first, 2 the default, 3 the last.
 """
 
 import functools
@@ -40,7 +40,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "importance(n): 1 runs first, 3 last")
     config.stash[RESULTS], config.stash[BEGAN] = [], time.monotonic()
     threads = config.getoption("threads")
     if threads is not None:
@@ -70,8 +69,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = _pick(config, option, known, chosen, functools.partial(_parameters, names=names))
     done = config.stash[JOURNAL].done if JOURNAL in config.stash else set()
     fresh = [item for item in chosen if item.nodeid not in done]
+    kept = set(map(id, fresh))
     config.stash[ALL_DONE] = bool(chosen) and not fresh
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(fresh)])
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = sorted(fresh, key=_importance)
 
 

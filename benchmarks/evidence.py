@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("neobert_kernels", "neobert", "benchmarks", "tests/parity.py")
 # Of what nvidia-smi tells: what decides the speed, and what only describes the moment.
 GPU_FIELDS = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+STATE_EVERY_S = 20.0  # the program takes a while to answer
 GPU_MOMENT = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "pstate")
 
 
@@ -123,6 +125,8 @@ class Journal:
         self.date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         self.quick, self.resume = quick, resume
         self.not_reached: list[str] = []
+        self._state: dict[str, str] = {}
+        self._asked_at = float("-inf")
         self.path = self._own_file(folder / slug(device_name()))
         found = _read(self.path)
         self.results: list[dict[str, Any]] = found["results"] if found else []
@@ -146,9 +150,10 @@ class Journal:
     def add(self, result: dict[str, Any]) -> None:
         """File one result in place of an older one of the same name and case."""
         fresh = {**result, **{key: self.evidence[key] for key in ("commit", "clean", "source")}}
-        state = gpu_state() if torch.cuda.is_available() else {}
-        if state:
-            fresh["gpu"] = state
+        if torch.cuda.is_available() and time.monotonic() - self._asked_at > STATE_EVERY_S:
+            self._state, self._asked_at = gpu_state(), time.monotonic()
+        if self._state:
+            fresh["gpu"] = self._state
         same = (result["name"], result["case"])
         self.results = [r for r in self.results if (r["name"], r["case"]) != same] + [fresh]
         self.write()

@@ -84,8 +84,8 @@ def run(stage: Stage, log: Any, timeout_s: float) -> dict[str, Any]:
     began = time.monotonic()
     # A session of its own, so that its workers end with it.
     process = subprocess.Popen(
-        stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment,
-        start_new_session=True,
+        stage.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+        stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     try:
         code: int | None = process.wait(timeout_s)

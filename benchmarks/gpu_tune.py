@@ -79,7 +79,8 @@ class Tuner:
             self.both()
         found = []
         for arguments, default in seen.items():
-            tried, best = {}, default
+            tried: dict[str, dict[str, Any]] = {}
+            best = default
             for _ in range(1 if quick else 2):
                 options = list(candidates(knob, best).items())[: 2 if quick else MOST_CANDIDATES]
                 options = [(label, value) for label, value in options if value != default]

@@ -92,12 +92,10 @@ class Maker:
 
 
 Make = Callable[[Maker], Sample]
-# Operator, then what is special about the case; the first one of each is the most common.
+# Operator, then what is special about the case; the most important first.
 CASES: dict[tuple[str, str], Make] = {
     ("attention", "512"): lambda m: m.attention(False, LENGTHS[m.size]),
     ("attention", "4096"): lambda m: m.attention(False, LONG[m.size]),
-    ("attention", "4096, window 64"): lambda m: m.attention(False, LONG[m.size], window=64),
-    ("qkv_attention", "512"): lambda m: m.attention(True, LENGTHS[m.size]),
     ("add_rms_norm", ""): lambda m: m.norm(True, False),
     ("swiglu", ""): lambda m: m.gated(True),
     ("linear_cross_entropy", ""): lambda m: m.loss(),
@@ -112,6 +110,8 @@ CASES: dict[tuple[str, str], Make] = {
     ("mean_pool", ""): lambda m: m.pool(),
     ("first_pool", ""): lambda m: m.pool(),
     ("rope_table", ""): lambda m: m.rope_table(),
+    ("attention", "4096, window 64"): lambda m: m.attention(False, LONG[m.size], window=64),
+    ("qkv_attention", "512"): lambda m: m.attention(True, LENGTHS[m.size]),
 }
 
 

@@ -95,6 +95,22 @@ ROWS: tuple[tuple[str, str, str, tuple[str, ...], Cells, str], ...] = (
         _loss_memory,
         "0.20 x",
     ),
+    (
+        "pre-train a small NeoBERT on docstrings, real tokens/s",
+        "padded, SDPA, logits at labels only",
+        "pretrain_cpu",
+        (),
+        _tokens,
+        "1.5 x",
+    ),
+    (
+        "pre-train NeoBERT-250M, up to 1,024 tokens, bfloat16, GPU, real tokens/s",
+        "best of eager SDPA and torch.compile",
+        "pretrain_gpu",
+        ("28 x 768", "cuda"),
+        _tokens,
+        "1.3 x",
+    ),
     ("`import neobert_kernels` adds to `import torch`", "", "import", (), _import, "under 0.3 s"),
     ("checks around one `rms_norm` call, CPU", "", "op_call", ("inference", "cpu"), _call, "17 us"),
     (

@@ -15,19 +15,25 @@ from typing import Any
 import evidence
 from report_data import Group, Result, groups, model_of, speed_up
 
+from neobert.files import write_atomically
 from neobert.floors import ARCHITECTURES, GPUS, Gpu, forward
+from neobert.tables import Table
 
 NOT_MEASURED = "not measured"
 
 
 @dataclass
-class Table:
-    """A title, a header, and rows of ready text."""
+class Section:
+    """A title, a table as its header and rows of ready text, and what stands below it."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
     notes: list[str]
+
+    @property
+    def table(self) -> Table:
+        return Table(self.header, self.rows, numbers_from=1)
 
 
 def write(folder: Path, output: Path) -> list[Path]:
@@ -55,15 +61,15 @@ def write(folder: Path, output: Path) -> list[Path]:
     markdown = [_markdown(group, number, images, drawing) for number, group in enumerate(found)]
     pages = [_html(group, number, images, drawing) for number, group in enumerate(found)]
     text, page = output / "report.md", output / "report.html"
-    text.write_text("# Benchmarks\n\n" + "\n".join(markdown), encoding="utf-8")
-    page.write_text(_PAGE.format(body="\n".join(pages)), encoding="utf-8")
+    write_atomically(text, "# Benchmarks\n\n" + "\n".join(markdown))
+    write_atomically(page, _PAGE.format(body="\n".join(pages)))
     return [text, page, *written]
 
 
-def tables(group: Group) -> list[Table]:
+def tables(group: Group) -> list[Section]:
     """Everything measured, one table for each kind of result."""
     found = []
-    special: dict[str, Callable[[list[Result]], Table]] = {
+    special: dict[str, Callable[[list[Result]], Section]] = {
         "inference": _inference,
         "ways": _ways,
         "training": _training,
@@ -108,12 +114,12 @@ def _marks(values: dict[str, Any], name: str) -> str:
     return "~" * (name in noisy) + "*" * (name in starved)
 
 
-def _operator(name: str, results: list[Result]) -> Table:
+def _operator(name: str, results: list[Result]) -> Section:
     """Times of all variants; rates and the share of the floor of ours; who is absent and why."""
     others = list(dict.fromkeys(v for r in results for v in r.variants[1:]))
     header = ["case", "ours", "GB/s", "TFLOP/s", "of the floor"]
     header += [f"{other} / ours" for other in others]
-    rows, absent = [], {}
+    rows = []
     for result in results:
         v, ours = result.values, result.variants[0]
         flop = v.get(f"{ours}_flop_per_s")
@@ -129,16 +135,28 @@ def _operator(name: str, results: list[Result]) -> Table:
             else:
                 row.append(NOT_MEASURED)
         rows.append(row)
-        absent |= {k.removesuffix("_absent"): why for k, why in v.items() if k.endswith("_absent")}
-    notes = [f"Absent: {peer} ({why})." for peer, why in absent.items()]
-    return Table(name, header, rows, notes)
+    return Section(name, header, rows, _absent(results))
+
+
+def _absent(results: list[Result]) -> list[str]:
+    """Who is missing and why, once for each reason; the cases where it is not all of them."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for key, why in result.values.items():
+            if key.endswith("_absent"):
+                found.setdefault((key.removesuffix("_absent"), why), []).append(result.case)
+    return [
+        f"Absent: {peer} ({why})"
+        + ("." if len(cases) == len(results) else f": {'; '.join(cases)}.")
+        for (peer, why), cases in found.items()
+    ]
 
 
 def _number(value: float | None, unit: float) -> str:
     return "" if value is None else f"{value / unit:,.3g}"
 
 
-def _inference(results: list[Result]) -> Table:
+def _inference(results: list[Result]) -> Section:
     header = ["case", "SDPA, tokens/s", "patched, tokens/s", "ratio", "of the limit"]
     header += ["SDPA, memory", "patched, memory", "batch of each, tokens"]
     rows, notes = [], []
@@ -152,7 +170,7 @@ def _inference(results: list[Result]) -> Table:
         row.append(" / ".join(f"{v.get(f'{w}_batch_tokens', '-'):,}" for w in ("sdpa", "patched")))
         rows.append(row)
         notes += _out_of_memory(result)
-    return Table("Inference", header, rows, notes)
+    return Section("Inference", header, rows, notes)
 
 
 def _out_of_memory(result: Result) -> list[str]:
@@ -180,7 +198,7 @@ def _bytes(value: float | None) -> str:
     return "" if value is None else f"{value / 1e6:,.0f} MB"
 
 
-def _ways(results: list[Result]) -> Table:
+def _ways(results: list[Result]) -> Section:
     """Every way to run the model on the same batch."""
     names = list(
         dict.fromkeys(p["variant"] for r in results for p in r.values["points"])
@@ -189,15 +207,12 @@ def _ways(results: list[Result]) -> Table:
     for result in results:
         v = result.values
         rows.append([result.case, *(_rate(v, name) for name in names)])
-        notes += [
-            f"Absent: {result.case}, {key.removesuffix('_absent')} ({why})."
-            for key, why in v.items()
-            if key.endswith("_absent")
-        ] + _out_of_memory(result)
-    return Table("Ways to run a model, real tokens/s", ["case", *names], rows, notes)
+        notes += _out_of_memory(result)
+    notes = _absent(results) + notes
+    return Section("Ways to run a model, real tokens/s", ["case", *names], rows, notes)
 
 
-def _training(results: list[Result]) -> Table:
+def _training(results: list[Result]) -> Section:
     header = ["case", "unpatched, tokens/s", "patched, tokens/s", "ratio", "unpatched, memory"]
     header += ["patched, memory", "unpatched, utilisation", "patched, utilisation"]
     rows = []
@@ -209,17 +224,17 @@ def _training(results: list[Result]) -> Table:
             share = v.get(f"{way}_flop_utilisation")
             row.append(NOT_MEASURED if share is None else f"{share:.0%}")
         rows.append(row)
-    return Table("Training step", header, rows, [])
+    return Section("Training step", header, rows, [])
 
 
-def _latency(results: list[Result]) -> Table:
+def _latency(results: list[Result]) -> Section:
     header = ["case", "SDPA p50, ms", "SDPA p99, ms", "patched p50, ms", "patched p99, ms", "ratio"]
     keys = [f"{way}_{p}_ms" for way in ("sdpa", "patched") for p in ("p50", "p99")]
     rows = [[r.case, *(f"{r.values[key]:.2f}" for key in keys), _ratio(r.values)] for r in results]
-    return Table("Latency of one text", header, rows, [])
+    return Section("Latency of one text", header, rows, [])
 
 
-def _curve(results: list[Result]) -> Table:
+def _curve(results: list[Result]) -> Section:
     """One line for every point of every model."""
     axis = results[0].name.removeprefix("curve_")
     header = ["model", "documents", "tokens of each", "SDPA, tokens/s", "patched, tokens/s"]
@@ -229,13 +244,13 @@ def _curve(results: list[Result]) -> Table:
         for p in result.values["points"]:
             shown = "out of memory" if "out_of_memory" in p else f"{p['tokens_per_s']:,.0f}"
             cells.setdefault((p["documents"], p["longest"]), {})[p["variant"]] = shown
-        for (documents, longest), shown in cells.items():
-            ways = [shown.get(way, NOT_MEASURED) for way in ("sdpa", "patched")]
+        for (documents, longest), by_way in cells.items():
+            ways = [by_way.get(way, NOT_MEASURED) for way in ("sdpa", "patched")]
             rows.append([model_of(result.case), f"{documents:,}", f"{longest:,}", *ways])
-    return Table(f"Cost over the {axis}", header, rows, [])
+    return Section(f"Cost over the {axis}", header, rows, [])
 
 
-def _plain(name: str, results: list[Result]) -> Table:
+def _plain(name: str, results: list[Result]) -> Section:
     """What has no times of variants: every number under its own name."""
     rows = []
     for result in results:
@@ -245,17 +260,19 @@ def _plain(name: str, results: list[Result]) -> Table:
             if isinstance(value, str | int | float)
         ]
         rows.append([result.case, ", ".join(shown)])
-    return Table(name, ["case", "values"], rows, [])
+    return Section(name, ["case", "values"], rows, [])
 
 
 def gpu_of(group: Group) -> Gpu | None:
     """The data sheet of the group's GPU, if there is one."""
     device = str(group.machine["device"]).lower().replace("-", " ")
+    if any(word in device for word in ("pcie", "nvl", "mig", "laptop")):
+        return None  # slower parts that share a name with those in the list
     names = {key: key.replace("-", " ") for key in GPUS}
     return next((GPUS[key] for key, name in names.items() if name in device), None)
 
 
-def _floors(group: Group) -> Table | None:
+def _floors(group: Group) -> Section | None:
     """What was measured against the cost model at the data sheet's rates, where there is one."""
     on = gpu_of(group)
     results = [r for r in group.named("inference") if model_of(r.case) in ARCHITECTURES]
@@ -278,7 +295,7 @@ def _floors(group: Group) -> Table | None:
         row = [result.case, f"{limit:,.0f}", f"{best['tokens_per_s']:,.0f}", share]
         rows.append([*row, f"{slowest.name}, {max(seconds) / sum(seconds):.0%}"])
     header = ["case", "limit, tokens/s", "patched, tokens/s", "of the limit", "largest part"]
-    return Table(f"Against the data sheet of {on.name}", header, rows, [f"Rates: {on.source}."])
+    return Section(f"Against the data sheet of {on.name}", header, rows, [f"Rates: {on.source}."])
 
 
 def _about(group: Group) -> list[str]:
@@ -298,11 +315,8 @@ def _markdown(group: Group, number: int, images: dict[tuple[int, str], Path], dr
     lines = [f"## {group.title}", "", *_about(group), ""]
     lines += [f"![{name}]({path.name})" for (n, name), path in images.items() if n == number]
     lines += [] if drawing else [NO_PLOTS]
-    for table in tables(group):
-        lines += ["", f"### {table.title}", "", f"| {' | '.join(table.header)} |"]
-        lines.append("|---" * len(table.header) + "|")
-        lines += [f"| {' | '.join(row)} |" for row in table.rows]
-        lines += ["", *table.notes]
+    for section in tables(group):
+        lines += ["", f"### {section.title}", "", section.table.markdown(), "", *section.notes]
     return "\n".join(lines) + "\n"
 
 
@@ -315,16 +329,9 @@ def _html(group: Group, number: int, images: dict[tuple[int, str], Path], drawin
         if n == number:
             data = base64.b64encode(path.read_bytes()).decode()
             parts.append(f'<figure><img alt="{name}" src="data:image/png;base64,{data}"></figure>')
-    for table in tables(group):
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
-        body = "".join(
-            f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows
-        )
-        notes = "".join(f"<p class=note>{escape(note)}</p>" for note in table.notes)
-        parts.append(
-            f"<h3>{escape(table.title)}</h3><div><table><thead><tr>{head}</tr></thead>"
-            f"<tbody>{body}</tbody></table></div>{notes}"
-        )
+    for section in tables(group):
+        notes = "".join(f"<p class=note>{escape(note)}</p>" for note in section.notes)
+        parts += [f"<h3>{escape(section.title)}</h3>", section.table.html(), notes]
     return "\n".join(parts)
 
 
@@ -334,10 +341,10 @@ _PAGE = """<!doctype html>
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem;
        padding: 0 1rem }}
-div {{ overflow-x: auto }} img {{ max-width: 100% }} figure {{ margin: 1rem 0 }}
-table {{ border-collapse: collapse; font-size: 13px }}
-th, td {{ border: 1px solid #ccc; padding: .25rem .5rem; text-align: right; white-space: nowrap }}
-th:first-child, td:first-child {{ text-align: left }} .note {{ color: #555; font-size: 13px }}
+img {{ max-width: 100% }} figure {{ margin: 1rem 0 }}
+table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }}
+th, td {{ border-bottom: 1px solid #ccc; padding: .25rem .6rem; white-space: nowrap }}
+th {{ text-align: left }} .number {{ text-align: right }} .note {{ color: #555; font-size: 13px }}
 </style></head><body><h1>Benchmarks</h1>
 <p>~: quartiles more than a fifth of the median apart. *: the GPU waited for the host.</p>
 {body}

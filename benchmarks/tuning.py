@@ -27,6 +27,7 @@ class Knob:
     Attributes:
         fixed: Fields that stay, besides `FIXED`.
         free: Fields that vary although they are in `FIXED`.
+        part: The one field that varies, where a choice has one for each kernel.
     """
 
     module: str
@@ -34,10 +35,11 @@ class Knob:
     operators: tuple[str, ...]
     fixed: frozenset[str] = frozenset()
     free: frozenset[str] = frozenset()
+    part: str = ""
 
     @property
     def title(self) -> str:
-        return f"{self.module}.{self.name}"
+        return f"{self.module}.{self.name}" + f", {self.part}" * bool(self.part)
 
     @property
     def owner(self) -> Any:
@@ -48,7 +50,10 @@ _NORMS = ("add_rms_norm", "add_layer_norm", "rms_norm", "layer_norm")
 _UNITS = ("swiglu", "geglu", "silu_mul", "gelu_mul")
 _ATTENTION = ("attention", "qkv_attention")
 KNOBS: tuple[Knob, ...] = (
-    Knob("attention.tiles", "choose", _ATTENTION),
+    Knob("attention.tiles", "choose", _ATTENTION, part="forward"),
+    Knob("attention.tiles", "choose", _ATTENTION, part="dq"),
+    Knob("attention.tiles", "choose", _ATTENTION, part="dkv"),
+    Knob("attention.tiles", "choose", _ATTENTION, frozenset({"forward", "dq", "dkv"})),
     Knob("_norms", "forward_plan", _NORMS, frozenset({"programs_per_sm", "stages"})),
     Knob("_norms", "backward_plan", _NORMS),
     Knob("_norms", "TOTAL_TILE", _NORMS),
@@ -115,10 +120,12 @@ def answering(knob: Knob, arguments: tuple[Any, ...], value: Any) -> Any:
 def candidates(knob: Knob, value: Any) -> dict[str, Any]:
     """Values near ``value``, by what differs."""
     fixed = (FIXED | knob.fixed) - knob.free
-    found = dict(_near(value, "", fixed))
-    if isinstance(value, tiles.Tiles) and value.forward != tiles.SPECIALIZED:
-        found["forward=specialized"] = dataclasses.replace(value, forward=tiles.SPECIALIZED)
-    return found
+    if not knob.part:
+        return dict(_near(value, "", fixed))
+    near = dict(_near(getattr(value, knob.part), knob.part, fixed))
+    if knob.part == "forward":
+        near["forward=specialized"] = tiles.SPECIALIZED
+    return {label: dataclasses.replace(value, **{knob.part: part}) for label, part in near.items()}
 
 
 def _near(value: Any, path: str, fixed: frozenset[str] | set[str]) -> Iterator[tuple[str, Any]]:

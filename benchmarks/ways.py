@@ -5,18 +5,29 @@ All share the weights of one model. A way that cannot run here says why; none re
 
 import copy
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from original_neobert import original_forward
-from peers import PINNED
 from shapes import VOCABULARY, Model, padded
+from timing import Variant, peak_memory
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import neobert_kernels as nk
+from neobert_kernels.ops.attention.peers import VARIABLE
 
+PINNED = {
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_math": SDPBackend.MATH,
+}
+# The patched model with the attention of others, on packed documents as well.
+PACKED_PEERS = {"patched_torch_varlen": "torch_varlen", "patched_flash_attn": "flash_attn"}
+Result = TypeVar("Result")
 Way = Callable[[Tensor, Tensor], Tensor]  # token ids and mask to hidden states, [B, S, C]
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -46,11 +57,13 @@ class Ways:
         return padded(lengths, self.device, min(self.plain.config.vocab_size, VOCABULARY))
 
     def build(self, name: str) -> Way:
-        """One of `NAMES`. Whatever it raises is why the way is absent."""
+        """One of `names`. Whatever it raises is why the way is absent."""
         if name == "patched":
             patched = self.twin()
             nk.patch(patched)
             return hidden_of(patched)
+        if name in PACKED_PEERS:
+            return asking(PACKED_PEERS[name], self.build("patched"))
         if name == "sdpa":
             return hidden_of(self.plain)
         if name in PINNED:
@@ -60,14 +73,16 @@ class Ways:
         if name == "compile_max_autotune":
             return hidden_of(torch.compile(self.plain, dynamic=False, mode="max-autotune"))
         if name == "original":
-            if self.model.prefix != "NeoBERT":
-                raise ValueError("NeoBERT's own code only")
             return original_forward(self.plain)
         if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
             raise ImportError("flash-attn is not installed")
-        if self.model.prefix == "NeoBERT":
-            raise ValueError("NeoBERT has one attention, SDPA")
         return hidden_of(self.twin(name))
+
+    def names(self) -> list[str]:
+        """The ways that this model has: our NeoBERT knows SDPA alone, others have no original."""
+        of_others = ("eager", "flex_attention", "flash_attention_2")
+        skipped = of_others if self.model.prefix == "NeoBERT" else ("original",)
+        return [name for name in NAMES if name not in skipped]
 
     def working(self, name: str) -> tuple[Way | None, str]:
         """A way that agrees with the unpatched model on a small ragged batch, or why not."""
@@ -88,6 +103,7 @@ class Ways:
 NAMES = (
     "patched",
     "sdpa",
+    *PACKED_PEERS,
     *PINNED,
     "eager",
     "original",
@@ -106,6 +122,17 @@ def hidden_of(model: Any) -> Way:
     return call
 
 
+def asking(peer: str, way: Way) -> Way:
+    def call(ids: Tensor, mask: Tensor) -> Tensor:
+        os.environ[VARIABLE] = peer
+        try:
+            return way(ids, mask)
+        finally:
+            del os.environ[VARIABLE]
+
+    return call
+
+
 def pinned(way: Way, backend: SDPBackend) -> Way:
     def call(ids: Tensor, mask: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -114,7 +141,12 @@ def pinned(way: Way, backend: SDPBackend) -> Way:
     return call
 
 
-def fits(function: Callable[[], Any]) -> Any:
+def fitting_peak(variant: Variant, device: str) -> int | None:
+    """`peak_memory` of a call; raises as `fits` does."""
+    return fits(lambda: peak_memory(variant, device))
+
+
+def fits(function: Callable[[], Result]) -> Result:
     """What ``function`` returns.
 
     Raises:

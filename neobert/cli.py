@@ -82,7 +82,12 @@ def _run(arguments: list[str]) -> int:
             run = module.run
         else:
             subparsers.add_parser(name, help=summary)
-    args = parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments in one stretch; key=value may also follow an option.
+    if rest and hasattr(args, "changes") and all("=" in a and a[0] != "-" for a in rest):
+        args.changes += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     assert run is not None
     _check_unicode(args)
     return run(args) or 0

@@ -57,22 +57,35 @@ def assert_parity(op: Callable, reference: Callable, inputs: Sequence[Any]) -> N
         assert_within_budget(a, r, e, f"value {i} of {len(actual)}")
 
 
+LAYERS = 3  # of the models that the tests build
+
+
 def assert_same(actual: Tensor, rounded: Tensor, exact: Tensor, what: str = "output") -> None:
-    """The budget for a whole model: a few more roundings than in one operator."""
-    assert_within_budget(actual.detach(), rounded.detach(), exact.detach(), what, ulps=4)
+    """The budget for a whole model, whose roundings pass through all its layers.
+
+    A few logits may be ten times as close to float64 as the hidden states they are made of, by
+    luck: the reference's error says little there, and the floor is what layers do to a rounding.
+    """
+    ulps = 8 * LAYERS
+    assert_within_budget(actual.detach(), rounded.detach(), exact.detach(), what, ulps)
 
 
 def assert_same_gradients(actual: Any, rounded: Any, exact: Any) -> None:
     """Every parameter's gradient of three models, after their backward.
 
-    The same budget on the norm: behind a whole model single elements are rounding noise. A gradient
-    that is zero in exact arithmetic (a key's bias) is a remainder of larger ones, hence the floor.
+    The same budget on the norm: behind a whole model single elements are rounding noise. A bias's
+    gradient sums the rows that, times their inputs, make its weight's, and may be what remains of
+    them: a key's bias has none in exact arithmetic. So the weight's gradient is its floor.
     """
-    largest = max(p.grad.norm() for p in exact.parameters() if p.grad is not None)
-    pairs = zip(actual.named_parameters(), rounded.parameters(), exact.parameters(), strict=True)
-    for (name, a), r, e in pairs:
-        assert (a.grad is None) == (r.grad is None), name
+    exact_grads = {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
+    largest = max(grad.norm() for grad in exact_grads.values())
+    pairs = zip(actual.named_parameters(), rounded.parameters(), strict=True)
+    for (name, a), r in pairs:
+        assert (a.grad is None) == (r.grad is None) == (name not in exact_grads), name
         if a.grad is not None:
-            error, reference = ((p.grad.double() - e.grad).norm() for p in (a, r))
-            floor = 4 * torch.finfo(a.dtype).eps * (e.grad.norm() + largest / 100)
-            assert error <= 2 * reference + floor, f"{name}: {error:.3e} of {e.grad.norm():.3e}"
+            e = exact_grads[name]
+            beside = exact_grads.get(f"{name.rpartition('.')[0]}.weight", e)
+            error, reference = ((p.grad.double() - e).norm() for p in (a, r))
+            scale = max(e.norm(), beside.norm()) + largest / 100
+            floor = 4 * torch.finfo(a.dtype).eps * scale
+            assert error <= 2 * reference + floor, f"{name}: {error:.3e} of {e.norm():.3e}"

@@ -167,6 +167,17 @@ def signal_at(
         sys.exit(128 + stop.number)
 
 
+def signal_all_at(recipe: Recipe, workers: int, own: int) -> None:
+    """A SIGTERM for the workers before one step, for the process itself before another."""
+
+    def to_workers(_: Trainer) -> None:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+
+    before_step(workers, to_workers)
+    signal_at(recipe, own)
+
+
 def before_step(step: int, act: Callable[[Trainer], None]) -> None:
     """Let every trainer of this process do something before the step with this 0-based number."""
     real = Trainer._step

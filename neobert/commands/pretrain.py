@@ -106,12 +106,11 @@ def _train(recipe: Recipe, args: argparse.Namespace) -> int:
         prepare(recipe.data, quiet=args.quiet)
     try:
         result = train(recipe, resume=args.resume, allow_change=args.allow_change, quiet=args.quiet)
-    except StoppedError as stop:
-        print(f"neobert: {stop}", file=sys.stderr)
-        return 128 + stop.number
-    except DivergedError as stop:
-        print(f"neobert: error: {stop}", file=sys.stderr)
-        return EXIT_FAILED
+    except (StoppedError, DivergedError) as stop:
+        stopped = isinstance(stop, StoppedError)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"neobert: {'' if stopped else 'error: '}{stop}", file=sys.stderr)
+        return 128 + stop.number if isinstance(stop, StoppedError) else EXIT_FAILED
     if not args.quiet and result.scores is not None and result.main:
         print(described("eval", result.scores._asdict()))
     return 0

@@ -1,7 +1,8 @@
 """Every call of a model's forward, of its backward, and of a training step, with its cost.
 
 The model is what `patch` makes of it: no padding, a sum with the residual fused into the norm
-behind it, RoPE inside attention, a loss at labelled rows. Products are counted as Linear layers of
+behind it, RoPE inside attention, a loss at labelled rows, and behind the last attention these rows
+alone. Products are counted as Linear layers of
 the shapes that the classes have.
 """
 
@@ -154,11 +155,16 @@ def _parts(
     if dtype not in ITEMSIZES:
         raise _check.error("dtype", f"one of {', '.join(ITEMSIZES)}", repr(dtype))
     e, C, F, L = ITEMSIZES[dtype], model.width, model.inner, model.layers
-    found: list[Part] = []
+    # Behind the last attention only the labelled rows go on to the loss.
+    last = labelled or T
+    found: dict[str, Part] = {}
 
     def add(name: str, calls: int, cost: Cost) -> None:
+        cost = cost.times(calls)
+        if name in found:
+            cost, calls = cost.plus(found[name].cost), calls + found[name].calls
         if calls:
-            found.append(Part(name, calls, cost.times(calls), backward))
+            found[name] = Part(name, calls, cost, backward)
 
     linear = operators.linear_backward if backward else operators.linear
     norm = operators.norm_backward if backward else operators.norm
@@ -174,9 +180,13 @@ def _parts(
     kind = f"{model.norm}_norm"
     style: dict[str, Any] = {"centered": model.norm == "layer", "bias": model.norm_bias}
     add(kind, 1, norm(T, C, e, added=False, **style))
-    add(f"add_{kind}", 2 * L, norm(T, C, e, added=True, **style))
+    behind = 2 if L else 0  # norms behind the last attention
+    add(f"add_{kind}", 2 * L - behind, norm(T, C, e, added=True, **style))
+    add(f"add_{kind}", behind, norm(last, C, e, added=True, **style))
     for name, (inputs, outputs) in model.linears.items():
-        add(f"Linear, {name}", L, linear(T, inputs, outputs, e, model.linear_bias))
+        for rows, calls in ((T, L - 1), (T if name == "qkv" else last, 1)):
+            cost = linear(rows, inputs, outputs, e, model.linear_bias)
+            add(f"Linear, {name}", calls if L else 0, cost)
     options: dict[str, Any] = {"kv_heads": model.kv_heads, "rotary": model.rotary}
     H, D, everywhere = model.heads, model.head_size, model.global_layers
     add("attention", everywhere, attention(lengths, H, D, e, **options))
@@ -184,10 +194,12 @@ def _parts(
         local = attention(lengths, H, D, e, window=model.window, **options)
         add("attention, local", L - everywhere, local)
     if model.unit == "gelu":
-        add("GELU", L, (operators.gelu_backward if backward else operators.gelu)(T, F, e))
+        unit = operators.gelu_backward if backward else operators.gelu
     else:
         unit = operators.gated_unit_backward if backward else operators.gated_unit
-        add(model.unit, L, unit(T, F, e))
+    name = "GELU" if model.unit == "gelu" else model.unit
+    for rows, calls in ((T, L - 1), (last, 1)):
+        add(name, calls if L else 0, unit(rows, F, e))
     if labelled:
         if model.transform:
             add("Linear, head", 1, linear(labelled, C, C, e, model.transform_bias))
@@ -197,14 +209,9 @@ def _parts(
         loss = operators.linear_cross_entropy
         if backward:
             loss = operators.linear_cross_entropy_backward
-        # Behind a transform the head has the labelled rows alone.
-        rows = labelled if model.transform else T
-        add(
-            "linear_cross_entropy",
-            1,
-            loss(rows, labelled, C, model.vocabulary, e, model.decoder_bias),
-        )
-    return found
+        cost = loss(labelled, labelled, C, model.vocabulary, e, model.decoder_bias)
+        add("linear_cross_entropy", 1, cost)
+    return list(found.values())
 
 
 _BERT = Architecture(

@@ -8,8 +8,9 @@ k goes to rank k % world. So a few counters are all that a checkpoint has to kee
 """
 
 import dataclasses
+import signal
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from neobert.pretraining.store import SPECIALS, Store
 # has fewer: a chunk mixes no more than so many of its epochs.
 CHUNK_BINS, CHUNK_EPOCHS = 256, 4
 STATE_VERSION = 1
+GRACE_SECONDS = 30  # that a worker lives after a SIGTERM
 # Changes after which the positions in a state still mean the same bins.
 HARMLESS = frozenset({"batch.bins", "batch.mask_rate", "batch.masking", "batch.views"})
 # First words of the keys of every kind of draw.
@@ -322,8 +324,8 @@ def steps(
     rank: int = 0,
     state: Mapping[str, Any] | None = None,
     allow_change: bool = False,
-) -> Iterator[Step]:
-    """The steps of one rank, without end.
+) -> Generator[Step, None, None]:
+    """The steps of one rank, without end. Close it where workers load: they outlive signals.
 
     Args:
         world: Ranks; a divisor of ``recipe.batch.bins``. It may differ from the run that made
@@ -342,7 +344,9 @@ def steps(
     return _steps(Planner(store, recipe, state, allow_change), store, recipe, world, rank)
 
 
-def _steps(planner: Planner, store: Store, recipe: Recipe, world: int, rank: int) -> Iterator[Step]:
+def _steps(
+    planner: Planner, store: Store, recipe: Recipe, world: int, rank: int
+) -> Generator[Step, None, None]:
     # The loader asks for plans ahead of the batches it gives out.
     planned: deque[tuple[str, dict[str, Any]]] = deque()
 
@@ -368,10 +372,18 @@ def _load(store: Store, batch: Batch, plans: Iterator[Plan]) -> Iterator[MicroBa
             num_workers=batch.workers,
             prefetch_factor=batch.prefetch if batch.workers else None,
             collate_fn=_as_is,
+            worker_init_fn=_outlive_signals if batch.workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or it would draw a seed from the global one
         )
     )
+
+
+def _outlive_signals(worker: int) -> None:
+    """A signal to the whole group of processes is for the trainer, which still needs batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
 def _as_is(batch: Any) -> Any:

@@ -216,11 +216,11 @@ def writing(target: Path, checkpoints: Checkpoints) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(target.with_name(f"{target.name}.partial"), ignore_errors=True)
-        number = getattr(problem, "errno", None)
-        why = os.strerror(number) if number else one_line(problem)
-        full = any(os.strerror(number) in why for number in FULL)  # safetensors only gives the text
+        why = one_line(problem)
+        # By its text: safetensors gives no number.
+        full = next((os.strerror(n) for n in FULL if os.strerror(n) in why), None)
         kept = [path.name for path in checkpoints.all()][-1:]
         raise OutputError(
-            f"{target}: {why}; {'make room and ' if full else ''}go on with --resume "
+            f"{target}: {full or why}; {'make room and ' if full else ''}go on with --resume "
             f"from {kept[0] if kept else 'the start'}"
         ) from problem

@@ -11,9 +11,10 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import yaml
 
@@ -31,6 +32,9 @@ from neobert.pretraining.signals import Signals
 from neobert.pretraining.store import Store
 from neobert.pretraining.trainer import Trainer, checkpoints_of
 from neobert.pretraining.watch import Watch, open_trackers
+from neobert.readers import InputError
+
+PATIENCE_SECONDS = 15.0  # torch's workers look for their parent every five
 
 
 class Result(NamedTuple):
@@ -95,6 +99,7 @@ def train(
             state=position,
             allow_change=allow_change,
         )
+        stack.callback(batches.close)
         watch = None
         if ranks.main:
             watch = stack.enter_context(_watching(recipe, saved, quiet))
@@ -121,13 +126,25 @@ def _locked(run: Path, resume: bool) -> Iterator[None]:
         got = f"{run}, which has {begun[0]} (--resume goes on with it)"
         raise error("train.run", "a new folder", got)
     run.mkdir(parents=True, exist_ok=True)
-    held = files.lock(run, "train.run")
+    held = _lock(run, PATIENCE_SECONDS if resume else 0.0)
     try:
         yield
     finally:
         held.close()
         if [path.name for path in run.iterdir()] == ["lock"]:
             shutil.rmtree(run)
+
+
+def _lock(run: Path, seconds: float) -> BinaryIO:
+    """The lock; workers of a run that was killed keep theirs until they notice."""
+    last = time.monotonic() + seconds
+    while True:
+        try:
+            return files.lock(run, "train.run")
+        except InputError:
+            if time.monotonic() >= last:
+                raise
+        time.sleep(0.2)
 
 
 def _begin(
@@ -156,7 +173,7 @@ def _watching(recipe: Recipe, saved: Saved | None, quiet: bool) -> Iterator[Watc
     checkpoints.drop_after(done)
     text = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
     files.write_atomically(run / "recipe.yaml", text)
-    trackers = open_trackers(recipe.log.trackers, run / "trackers", start.settings(recipe))
+    trackers = open_trackers(recipe.log.trackers, run, start.settings(recipe))
     with log.Log(run) as records:
         records.truncate(done)
         watch = Watch(records, recipe.schedule.steps, trackers, quiet)

@@ -49,7 +49,7 @@ def load_optimizer(
             if key != "step":
                 value = _dealt(value, parameter)
             elif _fused(optimizer):
-                value = value.to(parameter.device)
+                value = value.to(parameter.device, copy=True)
             state[key] = value
     torch.set_rng_state(tensors[f"{RNG}cpu"])
     if torch.cuda.is_available() and f"{RNG}cuda" in tensors:
@@ -78,7 +78,7 @@ def _copy(tensor: Tensor, keep: bool) -> Tensor | None:
 
 def _dealt(value: Tensor, like: Tensor) -> Tensor:
     """``value`` on the device of ``like``, and sharded as it is."""
-    value = value.to(like.device)
+    value = value.to(like.device, copy=True)  # not a view of the file
     if isinstance(like, DTensor):
         return distribute_tensor(value, like.device_mesh, like.placements)
     return value

@@ -111,10 +111,11 @@ def open_trackers(names: tuple[str, ...], run: Path, settings: Mapping[str, Any]
         if not getattr(utils, f"is_{name}_available")():
             raise error("log.trackers", f"the package {name} to be installed", "none")
         kind = tracking.LOGGER_TYPE_TO_CLASS[name]
-        options = {"logging_dir": str(run)} if kind.requires_logging_directory else {}
-        tracker = kind(run.name, **options)
+        place = {"logging_dir": str(run / "trackers")} if kind.requires_logging_directory else {}
+        tracker = kind(run.name, **place)
         if hasattr(tracker, "start"):  # older ones begin by themselves
             tracker.start()
-        tracker.store_init_configuration(dict(settings))
+        known = {key: value for key, value in settings.items() if value is not None}
+        tracker.store_init_configuration(known)
         found.append(tracker)
     return found

@@ -26,7 +26,10 @@ from neobert_kernels._triton import tl, triton
 
 def _gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
     wide = torch.promote_types(gate.dtype, torch.float32)
-    return (activation(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+    y, up = activation(gate.to(wide)), up.to(wide)
+    recorded = torch.is_grad_enabled() and (y.requires_grad or up.requires_grad)
+    # Without a graph the product goes where the activation was: no second large tensor.
+    return (y * up if recorded else y.mul_(up)).to(gate.dtype)
 
 
 def swiglu_reference(x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 QUICK_TEXTS = 300
 QUICK = (
     "model.hidden_size=64", "model.num_hidden_layers=2", "model.num_attention_heads=2",
-    "model.intermediate_size=192", "data.held_out=30", "batch.tokens=1024", "batch.workers=0",
+    "model.intermediate_size=192", "data.held_out=30", "batch.tokens=1024",
 )  # fmt: skip
 QUICK_STAGES = {
     "stage1": ("schedule.steps=40", "schedule.warmup=4", "log.every=1"),

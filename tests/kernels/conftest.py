@@ -16,14 +16,22 @@ def small_tiles(monkeypatch):
         )
 
 
-@pytest.fixture(params=[True, False], ids=["turned inside", "turned before"])
-def turn_inside(request, small_tiles, monkeypatch):
+@pytest.fixture
+def place_rope(small_tiles, monkeypatch):
+    """``place_rope(inside)`` turns rows inside the kernels, or before them."""
     chosen = tiles.choose
 
-    def forced(*arguments):
-        choice = chosen(*arguments)
-        parts = (choice.forward, choice.dq, choice.dkv)
-        return tiles.Tiles(*parts, request.param, request.param, choice.search)
+    def place(inside):
+        def forced(*arguments):
+            choice = chosen(*arguments)
+            return tiles.Tiles(choice.forward, choice.dq, choice.dkv, inside, inside, choice.search)
 
-    monkeypatch.setattr(tiles, "choose", forced)
+        monkeypatch.setattr(tiles, "choose", forced)
+
+    return place
+
+
+@pytest.fixture(params=[True, False], ids=["turned inside", "turned before"])
+def turn_inside(request, place_rope):
+    place_rope(request.param)
     return request.param

@@ -10,6 +10,7 @@ import pytest
 import torch
 from attention_cases import (
     DEVICE,
+    DTYPES,
     bounds,
     compare,
     dense,
@@ -18,7 +19,7 @@ from attention_cases import (
     runs_kernel,
     table,
 )
-from covering import examples
+from covering import covering, examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity import assert_parity, assert_within_budget, outputs_and_gradients
@@ -30,7 +31,9 @@ from neobert_kernels.ops import attention as module
 from neobert_kernels.ops.attention.reference import attention_reference_backward
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
-LENGTHS = (5, 1, 0, 33, 18, 0, 40, 2)
+# For tiles of 32 by 16 and a search by fours: tails, a second tile, a document behind the first
+# vector of boundaries, empty ones inside and at the end.
+LENGTHS = (5, 1, 0, 33, 0, 18, 0)
 on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 
 
@@ -45,15 +48,21 @@ VARIANTS = {
 }
 
 
+# What the dtype changes, the products' rounding, is the same in every variant.
+HALVES = {"half-split": torch.float16, "grouped": torch.bfloat16, "window": torch.float16}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @every_dtype
 def test_matches_the_dense_mask_with_every_gradient(variant, dtype):
+    if _runtime.INTERPRET and dtype not in (torch.float32, HALVES.get(variant)):
+        pytest.skip("one kind of 16 bits in three variants is enough in the interpreter")
     compare(LENGTHS, dtype, **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
-@every_dtype
-def test_rope_in_either_place_matches_the_dense_mask(turn_inside, interleaved, dtype):
+@covering(inside=[False, True], interleaved=[False, True], dtype=DTYPES)
+def test_rope_in_either_place_matches_the_dense_mask(inside, interleaved, dtype, place_rope):
+    place_rope(inside)
     compare((37, 3), dtype, heads=2, groups=1, rope=True, interleaved=interleaved)
 
 
@@ -64,7 +73,7 @@ def test_every_head_size(dim, turn_inside):
     compare((17, 3), torch.float32, heads=1, dim=dim, rope=True, interleaved=dim % 16 == 0)
 
 
-@pytest.mark.parametrize("dim", [72, 80, 96])
+@pytest.mark.parametrize("dim", [72, 96])
 def test_plain_rows_in_two_parts(dim):
     compare((17, 3), torch.float32, heads=1, dim=dim)
 
@@ -77,7 +86,7 @@ def test_longer_documents(dtype, window):
 
 
 @settings(
-    deadline=None, max_examples=examples(24), derandomize=True,
+    deadline=None, max_examples=examples(16), derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(st.lists(st.integers(0, 40), max_size=7), st.sampled_from([None, 1, 2, 20]))
@@ -277,7 +286,7 @@ def test_no_documents_and_no_tokens():
 
 
 def test_backward_gives_the_same_bits_twice():
-    qkv, cu_seqlens, longest = make(LENGTHS, heads=4, groups=2)
+    qkv, cu_seqlens, longest = make(LENGTHS, heads=2, groups=1)
     leaves = [x.requires_grad_() for x in qkv]
     out = nk.attention(*leaves, cu_seqlens, longest)
     dout = torch.randn_like(out)
@@ -306,6 +315,21 @@ def test_the_references_blocks_hold_what_a_window_reaches(window):
     written_out = attention_reference_backward(dout, *qkv, *rest)
     for a, e in zip((*actual, *written_out), (*expected, *expected[1:]), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_rows_of_an_odd_stride_are_rotated(step):
+    """Channels that no complex number can view, and those that are not neighbours."""
+    (q, k, v), cu_seqlens, longest = make((20, 3))
+    wide = torch.zeros(23, 2, 16 * step + 1, device=DEVICE)
+    odd = wide[:, :, 1::step]
+    odd.copy_(q)
+    cos, sin = table((20, 3))
+    outs = [
+        nk.attention(x, k, v, cu_seqlens, longest, cos=cos, sin=sin, interleaved=True)
+        for x in (q, odd)
+    ]
+    assert torch.equal(*outs)
 
 
 class Largest(TorchDispatchMode):
@@ -352,8 +376,9 @@ def test_the_operator_behind_compile_has_the_same_gradients(variant):
     )
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["q, k, v", "qkv"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("packed", "dynamic"), [(False, True), (True, True), (True, False)], ids=str
+)
 def test_compiles_to_one_graph_with_its_backward(dynamic, packed):
     torch.compiler.reset()
     op = nk.qkv_attention if packed else nk.attention

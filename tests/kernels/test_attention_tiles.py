@@ -29,8 +29,7 @@ def sm_of_device():
 
 
 @runs_kernel
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
-@pytest.mark.parametrize("dim", [24, 32])
+@pytest.mark.parametrize(("dim", "interleaved"), [(24, True), (32, False)], ids=str)
 def test_ropes_place_changes_rounding_at_most(interleaved, dim, monkeypatch):
     qkv, cu_seqlens, longest = make((37, 3), torch.float16, dim=dim)
     cos, sin = table((37, 3), dim)

@@ -92,9 +92,9 @@ def test_tiles_and_their_edges(shape, dtype, device):
     compare(*make(*shape, device, dtype))
 
 
-@pytest.mark.parametrize("C", [760, 768, 1152])
-def test_common_widths(C, device):
-    compare(*make(5, 9, C, device))
+@pytest.mark.parametrize(("C", "dtype"), list(zip((760, 768, 1152), DTYPES, strict=True)), ids=str)
+def test_common_widths(C, dtype, device):
+    compare(*make(5, 9, C, device, dtype))
 
 
 @every_dtype

@@ -170,6 +170,19 @@ def test_refuses_an_output_that_overlaps(case):
     assert ROOM.eq(1).all()
 
 
+@pytest.mark.parametrize(("later", "meets"), [(16, True), (18, True), (23, True), (8 * 24, False)])
+def test_an_output_may_start_in_a_gap_but_not_reach_the_next_row(later, meets):
+    """x has two heads in rows of three."""
+    room = torch.ones(800)
+    _, cos, sin = make()
+    x, out = (room.as_strided((7, 2, 8), (24, 8, 1), start) for start in (0, later))
+    if meets:
+        with pytest.raises(ValueError, match="out: expected x itself, or memory"):
+            nk.rope(x, cos, sin, out=out)
+    else:
+        assert torch.equal(nk.rope(x, cos, sin, out=out), nk.rope(x, cos, sin))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: 8 GiB")
 def test_more_than_two_to_the_31_elements(device):
     """Forward, backward and in place, seen at both ends."""

@@ -173,11 +173,11 @@ def test_a_spans_loss_does_not_depend_on_padding(family):
 @cases
 def test_compiled_logits_are_those_of_the_patched_model(family, kind, supports):
     supports(family, kind, "compile")
-    # One layer: all of them are compiled, for two shapes, in the base model's test.
+    # One layer, one shape, captured only: the base model's test has the rest.
     model = randomized(make(family, kind, num_hidden_layers=1)).eval()
     nk.patch(model)
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")
     inputs = with_labels(kind, *padded(family))
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():

@@ -12,9 +12,13 @@ from parity import assert_same, assert_same_gradients
 from torch import nn
 
 import neobert_kernels as nk
+from neobert_kernels import _runtime
 
 SIDES = ("right", "left")
 families = pytest.mark.parametrize("family", ENCODERS)
+about_modules = pytest.mark.skipif(
+    _runtime.INTERPRET, reason="about modules, which are the same whatever runs in them"
+)
 
 
 @pytest.fixture
@@ -80,9 +84,11 @@ def test_every_gradient_of_a_base_model(family, supports):
     assert_same_gradients(checkpointed, rounded, exact)
 
 
+@about_modules
 @families
-def test_a_compiled_base_model_is_the_patched_one(family, model, supports):
+def test_a_compiled_base_model_is_the_patched_one(family, supports):
     supports(family, "base", "compile")
+    model = randomized(ENCODERS[family].base(num_hidden_layers=2)).eval()
     nk.patch(model)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager")
@@ -112,6 +118,21 @@ def test_given_positions_are_used(family, model):
     rounded = last(model, input_ids=ids, position_ids=positions)
     nk.patch(model)
     assert_same(last(model, input_ids=ids, position_ids=positions), rounded, exact)
+
+
+@pytest.mark.parametrize(
+    ("family", "positions"),
+    [
+        ("bert", [0, 1, 4, 9, 10, 20, 30]),
+        ("nomic_bert", [3, 4, 5, 7, 11, 13, 40]),
+        ("roberta", [2, 3, 1, 4, 5, 6, 7]),  # the third token is a padding id, which does not count
+    ],
+)
+def test_one_row_of_rising_positions_is_one_document(family, model, positions):
+    inputs = {"input_ids": torch.randint(2, 97, (1, 7)), "position_ids": torch.tensor([positions])}
+    exact, rounded = last(copy.deepcopy(model).double(), **inputs), last(model, **inputs)
+    nk.patch(model)
+    assert_same(last(model, **inputs), rounded, exact)
 
 
 @families
@@ -164,6 +185,7 @@ def test_pooled_output_and_token_types_of_bert():
     assert_same(model(**inputs).pooler_output, rounded, exact)
 
 
+@about_modules
 @families
 def test_unpatch_restores_the_very_same_objects(family, model):
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
@@ -185,6 +207,7 @@ def test_unpatch_restores_the_very_same_objects(family, model):
     assert torch.equal(last(model, input_ids=ids, attention_mask=mask), before)
 
 
+@about_modules
 @families
 def test_patching_changes_no_class_and_no_module_global(family, model):
     names = ["transformers.models.bert.modeling_bert", "transformers.modeling_utils", "torch.nn"]
@@ -198,6 +221,7 @@ def test_patching_changes_no_class_and_no_module_global(family, model):
         assert all(now[key] is value for key, value in before[name].items()), name
 
 
+@about_modules
 @families
 def test_another_instance_stays_as_it_is(family, model):
     other = ENCODERS[family].base()
@@ -207,6 +231,7 @@ def test_another_instance_stays_as_it_is(family, model):
         nk.unpatch(other)
 
 
+@about_modules
 @families
 def test_patching_twice_is_an_error(family, model):
     nk.patch(model)
@@ -214,6 +239,7 @@ def test_patching_twice_is_an_error(family, model):
         nk.patch(model)
 
 
+@about_modules
 @families
 def test_a_deep_copy_of_a_patched_model_is_patched_by_itself(family, model):
     ids, mask = padded(family)
@@ -228,6 +254,7 @@ def test_a_deep_copy_of_a_patched_model_is_patched_by_itself(family, model):
     assert "forward" in vars(model)
 
 
+@about_modules
 @families
 def test_saving_a_patched_model_saves_the_plain_one(model, tmp_path):
     plain = {k: v.clone() for k, v in model.state_dict().items()}
@@ -238,6 +265,7 @@ def test_saving_a_patched_model_saves_the_plain_one(model, tmp_path):
     assert "forward" not in vars(loaded)
 
 
+@about_modules
 @families
 def test_lora_trains_through_a_patched_model(family):
     import peft
@@ -258,6 +286,7 @@ def test_lora_trains_through_a_patched_model(family):
     assert all(g is not None and g.any() for g in lower)
 
 
+@about_modules
 def test_a_base_inside_any_module_is_found():
     outer = nn.ModuleDict(
         {"a": ENCODERS["bert"].base(), "b": ENCODERS["neobert"].base(), "c": nn.Linear(2, 2)}
@@ -282,6 +311,7 @@ def test_every_dropout_of_hidden_states_is_kept(where):
     assert not torch.equal(last(model, input_ids=ids), last(model, input_ids=ids))
 
 
+@about_modules
 def test_attention_dropout_is_refused_in_training():
     ids, _ = padded("bert")
     model = ENCODERS["bert"].base(attention_probs_dropout_prob=0.1).train()
@@ -304,6 +334,7 @@ def test_padding_ids_inside_a_text_do_not_count_in_roberta():
     torch.testing.assert_close(packed, expected)
 
 
+@about_modules
 def test_the_signature_stays_that_of_the_class():
     for encoder in ENCODERS.values():
         for model in (encoder.base(), encoder.head("mlm")):
@@ -316,6 +347,7 @@ def test_the_signature_stays_that_of_the_class():
                 model(*[None] * 30)
 
 
+@about_modules
 def test_two_patched_models_keep_their_own_options():
     ids, mask = padded("bert")
     a, b = (randomized(ENCODERS["bert"].base()).eval() for _ in range(2))
@@ -326,6 +358,7 @@ def test_two_patched_models_keep_their_own_options():
     assert last(b, **inputs).shape[:2] == ids.shape
 
 
+@about_modules
 def test_a_context_manager_unpatches_also_after_an_error():
     model = ENCODERS["bert"].base()
     with nk.patched(model) as report:
@@ -337,6 +370,7 @@ def test_a_context_manager_unpatches_also_after_an_error():
     assert "forward" not in vars(model)
 
 
+@about_modules
 def test_the_report_says_what_was_left_and_why():
     encoder = ENCODERS["bert"]
     report = nk.patch(encoder.head("mlm"))

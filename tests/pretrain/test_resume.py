@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import training_runs as runs
 
+from neobert import files
 from neobert.pretraining.prepare import prepare
 from neobert.pretraining.recipe import Recipe
 from neobert.pretraining.run import train
@@ -74,6 +75,24 @@ def test_a_signal_saves_at_once_and_ends(number: int, small: Small, whole: Path)
     (note,) = [r for r in runs.records(folder, "note") if "stopped" in r["text"]]
     assert note["text"].startswith(f"stopped by {signal.Signals(number).name} at step 7; saved")
     goes_on_as(whole, recipe)
+
+
+def test_workers_live_on_when_the_signal_reaches_them_too(small: Small, whole: Path) -> None:
+    recipe = small(batch={"workers": 1, "prefetch": 1}, checkpoint={"every": 100})
+    assert runs.finish(runs.start(runs.signal_all_at, recipe, 3, 6)) == 143
+    goes_on_as(whole, recipe)
+
+
+def test_a_resumed_run_waits_for_the_workers_of_the_killed_one(
+    small: Small, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    held = files.lock(tmp_path / "run")
+    waits: list[float] = []
+    sleep = lambda seconds: (waits.append(seconds), held.close())  # noqa: E731
+    monkeypatch.setattr("neobert.pretraining.run.time.sleep", sleep)
+    train(small(), resume=True, quiet=True)
+    assert len(waits) == 1
 
 
 def test_a_finished_run_has_nothing_left_to_do(small: Small, whole: Path, tmp_path: Path) -> None:

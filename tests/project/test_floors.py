@@ -138,6 +138,7 @@ def test_a_window_costs_less_only_past_its_width():
 def test_a_step_is_forward_backward_and_optimizer():
     model = architecture("neobert-250m")
     parts = training_step(model, [512] * 4)
+    assert len({part.name for part in parts}) == len(parts)
     linear = {False: 0, True: 0}
     for part in parts:
         if part.operator.startswith("Linear"):
@@ -145,6 +146,22 @@ def test_a_step_is_forward_backward_and_optimizer():
     assert linear[True] == 2 * linear[False]
     loss = [p.cost.flop for p in parts if p.operator == "linear_cross_entropy"]
     assert loss == [k * round(0.2 * 2048) * 768 * 30_522 for k in (2, 4)]
+
+
+def test_behind_the_last_attention_only_labelled_rows_go_on():
+    """The same FLOP as the training loop's own count of its utilisation."""
+    from neobert import NeoBERTConfig
+    from neobert.pretraining.utilisation import model_flops_per_token
+
+    lengths = [512, 100, 33]
+    T = sum(lengths)
+    labelled = T // 5
+    parts = training_step(architecture("neobert-250m"), lengths, labelled=labelled)
+    flop = sum(p.cost.flop for p in parts if p.cost.matrix)
+    flop -= sum(p.cost.flop for p in parts if p.name == "attention, backward") // 5  # formed again
+    context = sum(n * n for n in lengths) / T
+    expected = T * model_flops_per_token(NeoBERTConfig(), context, labelled=labelled / T)
+    assert flop == pytest.approx(expected, rel=1e-12)
 
 
 def test_bad_values_name_the_rule():

@@ -6,17 +6,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import bench_models
 import compare_commits
 import gpu_test
 import gpu_tune
 import pytest
+import torch
 import tuning
 from compare_commits import Row, Side
 from gpu_test import Stage
 from operator_cases import CASES
+from timing import Timing
 
+from neobert import NeoBERTConfig
 from neobert_kernels import _runtime
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +57,9 @@ def test_a_stage_ends_by_the_deadline_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_test, "LEAST_S", 0.5)
-    spawn = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    spawn = (
+        "import subprocess as s, sys; s.run([sys.executable, '-c', 'import time; time.sleep(99)'])"
+    )
     began = time.monotonic()
     code, found = stages(
         tmp_path, monkeypatch, Stage("slow", (*SAY, spawn)), Stage("late", SAY),
@@ -103,8 +110,6 @@ def test_every_operator_with_a_kernel_has_a_knob() -> None:
 
 def test_candidates_differ_in_one_number_and_keep_what_the_shape_decides() -> None:
     pytest.importorskip("triton")
-    import torch
-
     from neobert_kernels.ops import swiglu
     from neobert_kernels.ops.attention import tiles
 
@@ -114,18 +119,24 @@ def test_candidates_differ_in_one_number_and_keep_what_the_shape_decides() -> No
     assert {f"warps={n}" for n in (2, 8)} <= near.keys()
     for value in near.values():
         assert sum(vars(value)[key] != vars(choice)[key] for key in vars(choice)) == 1
-    knob = next(k for k in tuning.KNOBS if k.name == "choose")
     tile = tiles.choose(64, torch.bfloat16, 90, 4096, True)
-    labels = tuning.candidates(knob, tile)
+    labels = {
+        label: value
+        for knob in tuning.KNOBS
+        if knob.name == "choose"
+        for label, value in tuning.candidates(knob, tile).items()
+    }
     assert {"forward.stages=4", "turn_inside=True", "forward=specialized"} <= labels.keys()
+    assert {"dq.inner=128", "dkv.registers=128"} <= labels.keys()
     assert not any("search" in label for label in labels)
+    assert all(isinstance(value, tiles.Tiles) and value != tile for value in labels.values())
 
 
 def test_a_sweep_measures_proposes_and_changes_nothing(tmp_path: Path) -> None:
     """One operator in the interpreter, in a process of its own; a second run has nothing to do."""
     pytest.importorskip("triton")
     before = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True).stdout
-    command = [sys.executable, "benchmarks/gpu_tune.py", "--stand-in", "--operator", "first_pool"]
+    command = [sys.executable, "benchmarks/gpu_tune.py", "--stand-in", "--operator", "rope"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--output", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True,
@@ -134,19 +145,17 @@ def test_a_sweep_measures_proposes_and_changes_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("tune-*.json")
     document = json.loads(path.read_text())
-    knobs = {sweep["knob"] for sweep in document["cases"]["first_pool"]}
-    assert knobs == {k.title for k in tuning.KNOBS if "first_pool" in k.operators}
-    tried = [m for s in document["cases"]["first_pool"] for m in s["tried"].values()]
+    knobs = {sweep["knob"] for sweep in document["cases"]["rope"]}
+    assert knobs == {k.title for k in tuning.KNOBS if "rope" in k.operators}
+    tried = [m for s in document["cases"]["rope"] for m in s["tried"].values()]
     assert any("gain" in m for m in tried)
     assert document["not_reached"] == []
-    assert "| first_pool |" in path.with_suffix(".md").read_text()
+    assert "| rope |" in path.with_suffix(".md").read_text()
     after = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True).stdout
     assert after == before
 
 
 def test_a_value_is_proposed_only_beyond_the_spread() -> None:
-    from timing import Timing
-
     def verdict(median: float, low: float, high: float, forward: float = 1.0) -> bool:
         mine = Timing(median, low, high)
         default = Timing(1.0, 0.95, 1.05)
@@ -206,3 +215,62 @@ def test_turns_are_taken_together(tmp_path: Path) -> None:
 
 def test_cases_of_operators_are_all_registered() -> None:
     assert {operator for operator, _ in CASES} <= set(_runtime.load_operators())
+
+
+class Stub:
+    """The ways of a model that needs no model; "greedy" has no room for more than 20 tokens."""
+
+    dtype = torch.float32
+    plain = SimpleNamespace(config=NeoBERTConfig(num_hidden_layers=1))
+    tokens = 0
+
+    def batch(self, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        self.tokens = sum(lengths)
+        return torch.zeros(self.tokens), torch.zeros(0)
+
+    def working(self, name: str) -> tuple[Any, str]:
+        if name == "absent":
+            return None, "not installed"
+
+        def way(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            if name == "greedy" and len(ids) > 20:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+            return ids
+
+        return way, ""
+
+    def timings(self, calls: Any, **_: Any) -> dict[str, Timing]:
+        """A tenth of a second for any batch, but for "quadratic" as the square of its tokens."""
+        found = {n: 1e-3 * self.tokens**2 if n == "quadratic" else 0.1 for n in calls}
+        return {name: Timing(seconds, seconds, seconds) for name, seconds in found.items()}
+
+
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch) -> Any:
+    ways: Any = Stub()
+    monkeypatch.setattr(bench_models, "interleaved", ways.timings)
+    monkeypatch.setattr(
+        bench_models, "fitting_peak", lambda call, _: bench_models.fits(lambda: call(0))
+    )
+    bench = bench_models.Bench("m", ways, "cpu", True, lambda f: f(), lambda: 1.0)
+    batches = [[10], [10] * 2, [10] * 4, [10] * 8]
+    return lambda *names, **options: bench.sweep(names, batches, **options)
+
+
+def test_a_batch_that_does_not_fit_is_recorded_and_the_sweep_goes_on(sweep: Any) -> None:
+    points, absent = sweep("patched", "greedy", "absent")
+    assert absent == {"absent": "not installed"}
+    full = [p for p in points if "out_of_memory" in p]
+    assert [(p["variant"], p["tokens"]) for p in full] == [("greedy", 40)]
+    assert full[0]["out_of_memory"] == "CUDA out of memory. Tried to allocate 9 GiB."
+    assert [p["tokens"] for p in points if p["variant"] == "patched"] == [10, 20, 40, 80]
+    values = bench_models.summary(points, absent)
+    assert values["patched_batch_tokens"] == 80
+    assert values["greedy_batch_tokens"] == 20
+    assert values["absent_absent"] == "not installed"
+
+
+def test_a_way_past_its_best_is_not_run_on_larger_batches(sweep: Any) -> None:
+    points, _ = sweep("patched", "quadratic", to_best=True)
+    assert [p["tokens"] for p in points if p["variant"] == "quadratic"] == [10, 20]
+    assert [p["tokens"] for p in points if p["variant"] == "patched"] == [10, 20, 40, 80]
