@@ -16,6 +16,7 @@ import neobert_kernels as nk
 from neobert_kernels import _runtime
 from neobert_kernels.ops.attention import peers
 
+pytestmark = pytest.mark.skipif(_runtime.INTERPRET, reason="no kernel is involved but rope's")
 GPU = DEVICE.type == "cuda"
 # Whatever runs on this device: SDPA anywhere, the others where there is a GPU and a package.
 HERE = [name for name in peers.PEERS if not peers.missing(name, DEVICE)]
@@ -310,7 +311,6 @@ def test_sdpa_flash_takes_no_mask_on_a_gpu(case):
         nk.attention(q, k, v, cu_seqlens, longest, window=window, implementation="sdpa_flash")
 
 
-@pytest.mark.skipif(_runtime.INTERPRET, reason="the model's Linear layers dominate")
 def test_a_patched_model_follows_the_environment(monkeypatch, spied):
     from transformers import BertConfig, BertModel
 
