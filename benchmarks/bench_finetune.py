@@ -30,7 +30,7 @@ SHAPES = {
     "MRPC": lambda draw, count: draw.normal(53, 13, count).clip(20, 103),
     "STS-B": lambda draw, count: draw.lognormal(3.226, 0.42, count).clip(8, 125),
 }
-SEGMENT = {True: 32, False: 512}  # pairs of one timed segment; True for --quick
+SEGMENT = {True: 32, False: 256}  # pairs of one timed segment; True for --quick
 
 
 @pytest.mark.parametrize("shape", SHAPES)

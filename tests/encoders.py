@@ -150,7 +150,9 @@ def randomized(model: nn.Module) -> nn.Module:
     """Weights large enough that an error in one place shows in the output."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(torch.randn_like(p) * 0.2 + (1.0 if "orm" in name and "weight" in name else 0))
+            # Not "orm": every name in a "transformer_encoder" has that.
+            is_norm = "norm" in name.lower() and name.endswith("weight")
+            p.copy_(torch.randn_like(p) * 0.2 + is_norm)
     return model
 
 

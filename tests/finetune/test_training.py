@@ -40,12 +40,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder
 
 
-def pairs(classifier: Classifier, count: int = 12) -> Tokens:
+def pair_texts(count: int) -> list[list[str]]:
     draw = np.random.default_rng(0)
-    columns = [
+    return [
         [" ".join(draw.choice(WORDS, draw.integers(1, 6))) for _ in range(count)] for _ in range(2)
     ]
-    return tokenize(classifier.tokenizer, columns, classifier.max_length, classifier.with_types)
+
+
+def pairs(classifier: Classifier, count: int = 12) -> Tokens:
+    return tokenize(
+        classifier.tokenizer, pair_texts(count), classifier.max_length, classifier.with_types
+    )
 
 
 def run(classifier: Classifier, judge: Any = None, **changes: Any) -> Fit:
@@ -57,29 +62,34 @@ def run(classifier: Classifier, judge: Any = None, **changes: Any) -> Fit:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_gives_the_loss_and_gradients_of_padded(family: str, folders: Any) -> None:
-    torch.manual_seed(0)
-    plain = load_classifier(folders(family), ["no", "yes"], patched=False)
-    wide = widened(plain.model)
-    ours = copy.deepcopy(plain.model)
+def test_packed_gives_the_loss_and_gradients_of_padded(family: str) -> None:
+    plain: Any = randomized(ENCODERS[family].head("sequence", num_labels=2)).eval()
+    wide, ours = widened(plain), copy.deepcopy(plain)
     nk.patch(ours)
-    tokens = pairs(plain)
-    assert (tokens.types is not None) == plain.with_types == (family == "bert")
-    rows = np.array([7, 0, 3, 10, 2])
-    labels = torch.tensor([0, 1, 1, 0, 1])
-    padding = plain.tokenizer.pad_token_id
-    device = torch.device("cpu")
-    padded = Collator(device, False, padding)(tokens, rows)
-    packed = Collator(device, True, padding)(tokens, rows)
+    tokenizer = texts.tokenizer(family)
+    tokens = tokenize(tokenizer, pair_texts(12), texts.LONGEST, with_types=family == "bert")
+    rows, labels = np.array([7, 0, 3, 10, 2]), torch.tensor([0, 1, 1, 0, 1])
+    padded, packed = (
+        Collator(torch.device("cpu"), kind, tokenizer.pad_token_id)(tokens, rows)
+        for kind in (False, True)
+    )
     assert packed["input_ids"].shape[1] == tokens.lengths[rows].sum() < padded["input_ids"].numel()
-    losses = [
+    assert ("token_type_ids" in packed) == (family == "bert")
+    results = [
         model(**inputs, labels=labels)
-        for model, inputs in ((ours, packed), (plain.model, padded), (wide, padded))
+        for model, inputs in ((ours, packed), (plain, padded), (wide, padded))
     ]
-    assert_same(*(output.logits for output in losses), "logits")
-    for output in losses:
+    assert_same(*(output.logits for output in results), "logits")
+    for output in results:
         output.loss.backward()
-    assert_same_gradients(ours, plain.model, wide)
+    assert_same_gradients(ours, plain, wide)
+
+
+def test_token_types_go_to_models_that_have_them(folders: Any) -> None:
+    for family, has in (("bert", True), ("roberta", False), ("neobert", False)):
+        classifier = load_classifier(folders(family), ["a", "b"])
+        assert classifier.with_types == has
+        assert (pairs(classifier).types is not None) == has
 
 
 def test_a_supported_family_runs_packed_and_others_can_run_padded(folders: Any) -> None:

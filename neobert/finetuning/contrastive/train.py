@@ -59,15 +59,19 @@ def train(
         "instructions": instructions,
         "patched": patched,
     }
-    _begin(output, identity, restart)
+    # Under torchrun the first process keeps the folder; the others only look whether it is done.
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    if is_first:
+        _begin(output, identity, restart)
     final = output / "final"
-    if final.exists():
+    if final.exists() and (is_first or not restart):
         return final
     encoder = _load(folder, recipe, device)
     if patched:
         nk.patch(encoder)
-    _fit(encoder, pairs, recipe, output, instructions)
-    if int(os.environ.get("RANK", "0")) == 0:
+    resume = not restart and any((output / "checkpoints").glob("checkpoint-*"))
+    _fit(encoder, pairs, recipe, output, instructions, resume)
+    if is_first:
         if patched:
             nk.unpatch(encoder)
         staged = output / "final.new"
@@ -147,6 +151,7 @@ def _fit(
     recipe: Recipe,
     output: Path,
     instructions: Mapping[str, str],
+    resume: bool,
 ) -> None:
     from datasets import Dataset, DatasetDict
     from sentence_transformers import (
@@ -158,9 +163,8 @@ def _fit(
     from neobert.finetuning.contrastive.loss import CachedInfoNCELoss
     from neobert.finetuning.contrastive.sampling import SquareRootBatchSampler
 
-    checkpoints = output / "checkpoints"
     arguments = SentenceTransformerTrainingArguments(
-        str(checkpoints),
+        str(output / "checkpoints"),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.lr,
@@ -184,7 +188,7 @@ def _fit(
         train_dataset=DatasetDict({each.name: Dataset.from_dict(each.columns) for each in pairs}),
         loss=CachedInfoNCELoss(encoder, recipe.temperature, recipe.mini_batch_tokens),
     )
-    trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")) or None)
+    trainer.train(resume_from_checkpoint=resume or None)
 
 
 def _extend_card(card: Path, identity: Mapping[str, Any]) -> None:
