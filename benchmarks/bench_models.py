@@ -15,6 +15,7 @@ import torch
 from ceilings import Ceilings, floor_s
 from shapes import CASES, FIRST, MODELS, SMALL, batch_of, longest_of
 from timing import Timing, Variant, interleaved, noisy
+from torch import Tensor
 from ways import DoesNotFitError, Way, Ways, fits, fitting_peak
 
 from neobert.floors import ARCHITECTURES, forward
@@ -25,6 +26,7 @@ CURVE = {"cuda": 16384, "cpu": 1024}
 CORE = ("patched", "sdpa")
 CALLS = 8  # of each way at one batch, about
 MOST_S = 15.0  # at one batch; a way that would take longer is past its best anyway
+WRONG = "differs from the unpatched model"
 PAST_BEST = 0.97  # so much of its best rate or less, and a way is not tried on larger batches
 LEAST_S = {"compile": 60.0, "compile_max_autotune": 150.0}  # not begun with less time than this
 
@@ -61,6 +63,9 @@ class Bench:
         for name, way in ways.items():
             call = call_of(way)
             try:
+                if name.startswith("compile") and not self.right(way, ids, mask):
+                    found.append({"variant": name, **batch, "wrong": WRONG})
+                    continue
                 peaks[name] = fitting_peak(call, self.device)
                 calls[name] = call
             except DoesNotFitError as error:
@@ -98,6 +103,9 @@ class Bench:
             )
         return found
 
+    def right(self, way: Way, ids: Tensor, mask: Tensor) -> bool:
+        return fits(lambda: self.ways.agrees(way, ids, mask))
+
     def sweep(
         self, names: Iterable[str], batches: Iterable[list[int]], to_best: bool = False
     ) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -123,8 +131,8 @@ class Bench:
                 }
             found = self.point(ways, lengths) if ways else []
             points += found
-            full = {point["variant"] for point in found if "out_of_memory" in point}
-            ways = {name: way for name, way in ways.items() if name not in full}
+            failed = {point["variant"] for point in found if "tokens_per_s" not in point}
+            ways = {name: way for name, way in ways.items() if name not in failed}
         return points, absent
 
     def worth(self, name: str, points: list[dict[str, Any]], lengths: list[int]) -> bool:
@@ -162,7 +170,8 @@ def best_of(points: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def summary(points: list[dict[str, Any]], absent: dict[str, str]) -> dict[str, Any]:
     """What a table shows of a sweep: each way at its best batch, and ours against SDPA's."""
     best = best_of(points)
-    values: dict[str, Any] = {f"{name}_absent": why for name, why in absent.items()}
+    wrong = {point["variant"]: point["wrong"] for point in points if "wrong" in point}
+    values: dict[str, Any] = {f"{name}_absent": why for name, why in (absent | wrong).items()}
     for name, point in best.items():
         for key in ("tokens_per_s", "low_tokens_per_s", "high_tokens_per_s", "peak_bytes"):
             values[f"{name}_{key}"] = point[key]

@@ -243,7 +243,8 @@ def _curve(results: list[Result]) -> Section:
     for result in results:
         cells: dict[tuple[int, int], dict[str, str]] = {}
         for p in result.values["points"]:
-            shown = "out of memory" if "out_of_memory" in p else f"{p['tokens_per_s']:,.0f}"
+            rate = p.get("tokens_per_s")
+            shown = p.get("wrong", "out of memory") if rate is None else f"{rate:,.0f}"
             cells.setdefault((p["documents"], p["longest"]), {})[p["variant"]] = shown
         for (documents, longest), by_way in cells.items():
             ways = [by_way.get(way, NOT_MEASURED) for way in ("sdpa", "patched")]

@@ -270,6 +270,17 @@ def test_a_batch_that_does_not_fit_is_recorded_and_the_sweep_goes_on(sweep: Any)
     assert values["absent_absent"] == "not installed"
 
 
+def test_a_compiled_model_that_is_wrong_gets_no_number(
+    sweep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stub, "agrees", lambda *_: False, raising=False)
+    points, absent = sweep("patched", "compile")
+    assert [p["wrong"] for p in points if p["variant"] == "compile"] == [bench_models.WRONG]
+    values = bench_models.summary(points, absent)
+    assert values["compile_absent"] == bench_models.WRONG
+    assert "compile_tokens_per_s" not in values
+
+
 def test_a_way_past_its_best_is_not_run_on_larger_batches(sweep: Any) -> None:
     points, _ = sweep("patched", "quadratic", to_best=True)
     assert [p["tokens"] for p in points if p["variant"] == "quadratic"] == [10, 20]
