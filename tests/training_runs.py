@@ -97,7 +97,7 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
 
 def finish(process: Any) -> int:
     """Its exit code; negative: the signal that ended it."""
-    process.join(60)
+    process.join(600)  # a busy machine is slow, not stuck
     assert process.exitcode is not None, "it hangs"
     return process.exitcode
 

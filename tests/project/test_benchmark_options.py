@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "--quick", "-q", "-p", "no:cacheprovider"]
     command += ["--benchmark-only", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    # A worker of xdist would hand on that it is one, and pytest-benchmark then measures nothing.
+    own = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment = own | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
