@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def error(name: str, rule: str, value: object) -> ValueError:
@@ -79,6 +80,21 @@ def output(name: str, value: Tensor, source_name: str, source: Tensor) -> None:
         raise error(name, rule, "a view that overlaps it")
 
 
+def apart(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """``value`` receives a result while ``other`` is read: their memory may not even interlock."""
+    if torch.compiler.is_compiling() or not value.numel() or not other.numel():
+        return
+    (start, end), (first, last) = _span(value), _span(other)
+    if start < last and first < end:
+        raise error(name, f"memory apart from that of {other_name}", "a view that overlaps it")
+
+
+def _span(value: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor and the one behind its last."""
+    last = sum(stride * (size - 1) for stride, size in _by_stride(value))
+    return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
+
+
 def _by_stride(value: Tensor) -> list[tuple[int, int]]:
     """Strides and sizes of the dimensions that move, the farthest first."""
     pairs = zip(value.stride(), value.shape, strict=True)
@@ -116,12 +132,29 @@ def vector(name: str, value: Any, size: int, where: torch.device) -> None:
 
 
 def positive(name: str, value: float, *, zero: bool = False) -> None:
+    number(name, value)
+    if not (value >= 0 if zero else value > 0) or value > FLOAT32_MAX:
+        rule = "a finite number, at least 0" if zero else "a finite number over 0"
+        raise error(name, rule, value)
+
+
+def number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise error(name, "a number", type(value).__name__)
-    if not (value >= 0 if zero else value > 0) or value == float("inf"):
-        raise error(
-            name, "a finite number, at least 0" if zero else "a finite number over 0", value
-        )
+
+
+def between(name: str, value: float, low: float, high: float) -> None:
+    number(name, value)
+    if not low <= value <= high:
+        raise error(name, f"a number from {low:g} to {high:g}", value)
+
+
+def label(name: str, value: Any) -> None:
+    """An int that an int64 tensor of labels can hold."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise error(name, "an int", repr(value))
+    if not -(2**63) <= value < 2**63:
+        raise error(name, "an int of 64 bits", value)
 
 
 def within(name: str, value: Tensor, size: int, ignored: int | None = None) -> None:

@@ -100,7 +100,11 @@ def implementation(name: str, device: torch.device | str = "cpu") -> str:
         return peer
     if not OPERATORS[name].kernels or not _triton.AVAILABLE:
         return "reference"
-    if torch.device(device).type == "cuda":
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise _check.error("device", "a device of PyTorch, as cpu or cuda", repr(device)) from None
+    if kind == "cuda":
         return "triton"
     return "triton-interpreter" if INTERPRET else "reference"
 

@@ -386,13 +386,14 @@ def info_nce(queries: Tensor, documents: Tensor, temperature: float) -> Tensor:
 
     Works in two passes (GradCache): gradients by the vectors, taken at detached leaves, are what
     a second pass through the encoder needs. Memory beyond inputs and gradients: a few numbers for
-    each row. Autocast changes nothing.
+    each row. Autocast changes nothing. Vectors may be 1e-9 to 1e15 long; far beyond, their inner
+    products leave float32.
 
     Args:
         queries: ``[N, C]``, N at least 1; float32, float16 or bfloat16; any strides.
         documents: ``[M, C]`` with ``M >= N``, same dtype and device; row i of ``queries`` matches
             row i, and all other rows are its negatives.
-        temperature: Divides the cosine similarities; over 0.
+        temperature: Divides the cosine similarities; 1e-6 to 1e6.
 
     Returns:
         Scalar float32, the mean over queries. Differentiable once on a GPU.
@@ -407,10 +408,12 @@ def info_nce(queries: Tensor, documents: Tensor, temperature: float) -> Tensor:
     _check.device("documents", documents, queries.device)
     if not len(queries):
         raise _check.error("queries", "at least one row", 0)
+    if not queries.shape[1]:
+        raise _check.error("queries", "at least one channel", tuple(queries.shape))
     if documents.shape[1] != queries.shape[1] or len(documents) < len(queries):
         rule = f"shape (M, {queries.shape[1]}) with M >= {len(queries)}"
         raise _check.error("documents", rule, tuple(documents.shape))
-    _check.positive("temperature", temperature)
+    _check.between("temperature", temperature, 1e-6, 1e6)
     if not _runtime.use_kernel(queries):
         return info_nce_reference(queries, documents, temperature)
     return _InfoNCE.apply(queries, documents, temperature)

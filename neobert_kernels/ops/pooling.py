@@ -6,8 +6,8 @@ other documents nor on its place in the batch, and a long document is the work o
 With ``normalize`` the pooled float32 vector ``m`` becomes ``y = m / max(|m|, 1e-12)`` before its
 one rounding.
 
-Backward: ``dm = (dy - y (y . dy)) / |m|`` where normalized, else ``dy``. Every token gets
-``dm / length`` of its document (mean), or the first one gets ``dm``.
+Backward, with u the unrounded y: ``dm = (dy - u (u . dy)) / |m|`` where normalized, else ``dy``.
+Every token gets ``dm / length`` of its document (mean), or the first one gets ``dm``.
 """
 
 from collections.abc import Iterator
@@ -144,9 +144,9 @@ def _pooled(
 
 @triton.jit
 def _finish_kernel(
-    source_ptr, cu_seqlens_ptr, y_ptr, norm_ptr, stride, C: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, SPAN: tl.constexpr, PART: tl.constexpr, MEAN: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    source_ptr, cu_seqlens_ptr, y_ptr, unit_ptr, norm_ptr, stride, C: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, PART: tl.constexpr,
+    MEAN: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """One program per document, and per ``SPAN`` chunks of columns unless a norm needs them all."""
     CHUNKS: tl.constexpr = (C + CHUNK - 1) // CHUNK
@@ -177,30 +177,36 @@ def _finish_kernel(
                 y = _pooled(source_ptr, first, count, length, column, stride, C, CHUNK, ROWS, MEAN)
                 if NORMALIZE:
                     y = y / norm
+                    if y_ptr.dtype.element_ty != tl.float32:
+                        unit = unit_ptr + document.to(tl.int64) * C + column
+                        tl.store(unit, y, mask=column < C)
                 tl.store(out_ptr + column, y.to(y_ptr.dtype.element_ty), mask=column < C)
 
 
 @triton.jit
 def _project_kernel(
-    dy_ptr, y_ptr, norm_ptr, dm_ptr, dy_stride, C: tl.constexpr, CHUNK: tl.constexpr
+    dy_ptr, unit_ptr, norm_ptr, dm_ptr, dy_stride, C: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """The gradient of one pooled vector, back through its normalization, in float32."""
+    """The gradient of one pooled vector, back through its normalization, in float32.
+
+    The direction that is taken out must be the unrounded one: along it dy can be all there is.
+    """
     document = tl.program_id(0).to(tl.int64)
     dy_ptr += document * dy_stride
-    y_ptr += document * C
+    unit_ptr += document * C
     dot = tl.zeros((CHUNK,), tl.float32)
     for start in range(0, C, CHUNK):
         column = start + tl.arange(0, CHUNK)
         dy = tl.load(dy_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-        dot += dy * tl.load(y_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+        dot += dy * tl.load(unit_ptr + column, mask=column < C, other=0.0)
     norm = tl.load(norm_ptr + document)
     # Below 1e-12 the vector was divided by a constant.
     along = tl.where(norm > 1e-12, tl.sum(dot, axis=0), 0.0)
     for start in range(0, C, CHUNK):
         column = start + tl.arange(0, CHUNK)
         dy = tl.load(dy_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-        dm = (dy - y * along) / tl.maximum(norm, 1e-12)
+        unit = tl.load(unit_ptr + column, mask=column < C, other=0.0)
+        dm = (dy - unit * along) / tl.maximum(norm, 1e-12)
         tl.store(dm_ptr + document * C + column, dm, mask=column < C)
 
 
@@ -246,12 +252,15 @@ def _chunks(C: int, itemsize: int) -> int:
     return -(-C * itemsize // 512)
 
 
-def _launch(x: Tensor, cu_seqlens: Tensor, mean: bool, normalize: bool) -> tuple[Tensor, Tensor]:
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+def _launch(x: Tensor, cu_seqlens: Tensor, mean: bool, normalize: bool) -> Outputs:
     T, C, B = *x.shape, len(cu_seqlens) - 1
-    y, norm = outputs = _fake(x, cu_seqlens, mean, normalize)
+    y, unit, norm = outputs = _fake(x, cu_seqlens, mean, normalize)
     if not (T and C and B):
-        y.zero_()
-        norm.zero_()
+        for output in outputs:
+            output.zero_()
         return outputs
     x, cu_seqlens = _runtime.neighbouring(x), cu_seqlens.contiguous()
     moves, size = tile(x.element_size()), x.element_size()
@@ -267,20 +276,23 @@ def _launch(x: Tensor, cu_seqlens: Tensor, mean: bool, normalize: bool) -> tuple
     # Long documents have many parts to add: their columns are spread over programs.
     span = 1 if mean and not normalize else min(chunks, SPAN)
     _finish_kernel[(B, 1 if normalize else triton.cdiv(chunks, span))](
-        source, cu_seqlens, y, norm, stride, C, SPAN=span, PART=PART, MEAN=mean,
+        source, cu_seqlens, y, unit, norm, stride, C, SPAN=span, PART=PART, MEAN=mean,
         NORMALIZE=normalize, **moves, num_warps=1, **_runtime.FP_FUSION,
     )  # fmt: skip
     return outputs
 
 
-def _fake(x: Tensor, cu_seqlens: Tensor, mean: bool, normalize: bool) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, cu_seqlens: Tensor, mean: bool, normalize: bool) -> Outputs:
+    """Pooled vectors; the same before they are rounded, where they are; lengths, if normalized."""
     B = cu_seqlens.shape[0] - 1
+    rounded = normalize and x.dtype != torch.float32
+    unit = x.new_empty((B if rounded else 0, x.shape[1]), dtype=torch.float32)
     norm = x.new_empty(B if normalize else 0, dtype=torch.float32)
-    return x.new_empty((B, x.shape[1])), norm
+    return x.new_empty((B, x.shape[1])), unit, norm
 
 
 def _launch_backward(
-    dy: Tensor, y: Tensor, norm: Tensor, cu_seqlens: Tensor, T: int, mean: bool, normalize: bool
+    dy: Tensor, unit: Tensor, norm: Tensor, cu_seqlens: Tensor, T: int, mean: bool, normalize: bool
 ) -> Tensor:
     B, C = dy.shape
     dx = dy.new_empty((T, C))
@@ -292,7 +304,7 @@ def _launch_backward(
     if normalize:
         dm = dy.new_empty((B, C), dtype=torch.float32)
         _project_kernel[(B,)](
-            dy, y, norm, dm, dy.stride(0), C, moves["CHUNK"], num_warps=1, **_runtime.FP_FUSION,
+            dy, unit, norm, dm, dy.stride(0), C, moves["CHUNK"], num_warps=1, **_runtime.FP_FUSION,
         )  # fmt: skip
     span = min(_chunks(C, size), SPAN)
     _backward_kernel[(triton.cdiv(T, moves["ROWS"]), triton.cdiv(_chunks(C, size), span))](
@@ -303,18 +315,18 @@ def _launch_backward(
 
 
 def _fake_backward(
-    dy: Tensor, y: Tensor, norm: Tensor, cu_seqlens: Tensor, T: int, mean: bool, normalize: bool
+    dy: Tensor, unit: Tensor, norm: Tensor, cu_seqlens: Tensor, T: int, mean: bool, normalize: bool
 ) -> Tensor:
     return dy.new_empty((T, dy.shape[1]))
 
 
 _forward = _runtime.register(
-    "pool(Tensor x, Tensor cu_seqlens, bool mean, bool normalize) -> (Tensor, Tensor)",
+    "pool(Tensor x, Tensor cu_seqlens, bool mean, bool normalize) -> (Tensor, Tensor, Tensor)",
     _launch,
     _fake,
 )
 _backward = _runtime.register(
-    "pool_backward(Tensor dy, Tensor y, Tensor norm, Tensor cu_seqlens, SymInt T, bool mean,"
+    "pool_backward(Tensor dy, Tensor unit, Tensor norm, Tensor cu_seqlens, SymInt T, bool mean,"
     " bool normalize) -> Tensor",
     _launch_backward,
     _fake_backward,
@@ -324,9 +336,10 @@ _backward = _runtime.register(
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor, mean: bool, normalize: bool) -> Tensor:
-        y, norm = _forward(x, cu_seqlens, mean, normalize)
-        # y matters to a normalized pool only; norm has no elements then.
-        ctx.save_for_backward(y if normalize else norm, norm, cu_seqlens)
+        y, unit, norm = _forward(x, cu_seqlens, mean, normalize)
+        # A float32 result is its own; without normalizing there are no elements to keep.
+        kept = y if normalize and x.dtype == torch.float32 else unit
+        ctx.save_for_backward(kept, norm, cu_seqlens)
         ctx.options = (x.shape[0], mean, normalize)
         return y
 
@@ -376,7 +389,9 @@ def first_pool(x: Tensor, cu_seqlens: Tensor, normalize: bool = False) -> Tensor
 
 
 def _launches(mean: bool) -> Iterator[_runtime.Launch]:
-    floats = dict.fromkeys(("partial_ptr", "norm_ptr"), "*fp32") | {"cu_seqlens_ptr": "*i32"}
+    floats = dict.fromkeys(("partial_ptr", "unit_ptr", "norm_ptr"), "*fp32") | {
+        "cu_seqlens_ptr": "*i32"
+    }
     what = "mean" if mean else "first"
 
     def launch(

@@ -42,8 +42,8 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fals
 
 def check_table(cos: Tensor, sin: Tensor, tokens: int, dim: int, where: torch.device) -> None:
     """``cos`` and ``sin`` must be float32 ``[T, D / 2]`` on the device of the rotated tensor."""
-    if dim % 2:
-        raise _check.error("x", "an even head size", dim)
+    if dim < 2 or dim % 2:
+        raise _check.error("x", "an even head size, at least 2", dim)
     for name, table in (("cos", cos), ("sin", sin)):
         _check.tensor(name, table)
         _check.dtype(name, table, (torch.float32,))
@@ -394,7 +394,8 @@ def rope(
         interleaved: True for pairs ``(2i, 2i + 1)`` (NeoBERT), False for ``(i, i + D / 2)``.
         out: Receives the result; the shape, dtype and device of ``x``, any strides with which
             no two elements share memory. It may be ``x`` itself (in place) and otherwise shares
-            none with it. Not differentiable, as everywhere in PyTorch.
+            none with it, and in no case with ``cos`` or ``sin``. Not differentiable, as
+            everywhere in PyTorch.
 
     Returns:
         ``[T, H, D]`` in ``x.dtype``; ``out`` where it was given.
@@ -409,6 +410,8 @@ def rope(
     if out is not None:
         _check.like("out", out, "x", x)
         _check.output("out", out, "x", x)
+        for name, table in (("cos", cos), ("sin", sin)):
+            _check.apart("out", out, name, table)
         if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
             raise _check.error("out", "None where a gradient is recorded", "a tensor")
         _rotation_into(x, cos, sin, interleaved, out)

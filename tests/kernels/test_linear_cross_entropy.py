@@ -207,6 +207,20 @@ def test_nan_in_ignored_rows_reaches_no_gradient(device):
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
 
 
+@pytest.mark.parametrize("arrives", [float("inf"), float("nan"), 1e30])
+def test_a_gradient_that_arrives_at_an_ignored_row_changes_nothing(arrives, device):
+    """A caller's 0 / 0 there, say, or a number beside which all others would vanish."""
+    tensors, labels = make(torch.float16, device)
+    found = []
+    for at_ignored in (0.0, arrives):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        losses = nk.linear_cross_entropy(*leaves[:2], labels, leaves[2], reduction="none")
+        losses.backward(torch.ones_like(losses).masked_fill(labels == -100, at_ignored))
+        found.append([leaf.grad for leaf in leaves])
+    assert all(map(torch.equal, *found))
+    assert found[0][0].any()
+
+
 @every_dtype
 def test_gradients_of_logits_sum_to_zero(dtype, device):
     """With one row, dweight is dlogits times x, and with one channel of 1 it is dlogits."""
@@ -557,7 +571,13 @@ ARGUMENTS = {
         ({"rows": torch.tensor([0.0])}, "rows: expected dtype int64"),
         ({"rows": -1}, "rows: expected a number of rows, at least 0, got -1"),
         ({"rows": 1}, "rows: expected at least the 2 labelled rows, got 1"),
-        ({"rows": True}, "rows: expected a torch.Tensor, got bool"),
+        ({"rows": True}, "rows: expected a torch.Tensor, an int or None, got True"),
+        ({"rows": [0, 1]}, r"rows: expected a torch.Tensor, an int or None, got \[0, 1\]"),
+        ({"x": torch.ones(3, 0)}, r"x: expected at least one channel, got \(3, 0\)"),
+        ({"ignore_index": None}, "ignore_index: expected an int, got None"),
+        ({"ignore_index": -100.0}, "ignore_index: expected an int, got -100.0"),
+        ({"ignore_index": True}, "ignore_index: expected an int, got True"),
+        ({"ignore_index": 2**63}, "ignore_index: expected an int of 64 bits, got 9223372036"),
         ({"rows": torch.tensor([0, 1, 1])}, "rows: expected distinct values"),
         ({"rows": torch.tensor([0, 2])}, r"rows: expected every labelled row \(2\) .*, got 1"),
     ],

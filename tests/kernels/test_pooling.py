@@ -186,6 +186,26 @@ def test_normalized_vectors_have_length_1_and_empty_ones_are_zero(op, reference,
 
 
 @pools
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gradient_along_the_vector_is_taken_out(op, reference, by_hand, dtype, device):
+    """What is left then is far smaller than the rounding of a 16-bit result."""
+    x, cu_seqlens = make(dtype, device, C=128)
+    unit = reference(x.double(), cu_seqlens, normalize=True)
+    across = torch.randn(unit.shape, dtype=torch.float64, device=device)
+    dy = (unit + 0.01 * across).float()
+
+    def gradient(fn, x):
+        y = fn(x.requires_grad_(), cu_seqlens, normalize=True)
+        return torch.autograd.grad(y, x, dy.to(dtype).to(y.dtype))[0]
+
+    ours, rounded, exact = (
+        gradient(fn, x.detach().to(kind))
+        for fn, kind in ((op, dtype), (reference, dtype), (reference, torch.float64))
+    )
+    assert_within_budget(ours, rounded, exact, "dx")
+
+
+@pools
 def test_a_zero_vector_stays_zero(op, reference, by_hand, device):
     x, cu_seqlens = make(torch.float32, device)
     x[:3] = 0
@@ -254,12 +274,13 @@ def test_a_dynamic_number_of_tokens_compiles_once(op, reference, by_hand, normal
 @pytest.mark.parametrize("mean", [True, False], ids=["mean", "first"])
 @normalized
 def test_registration(mean, normalize, device):
-    x, cu_seqlens = make(torch.float32, device)
-    torch.library.opcheck(module._forward, (x, cu_seqlens, mean, normalize))
-    y, norm = module._forward(x, cu_seqlens, mean, normalize)
-    dy = torch.randn_like(y)
-    args = (dy, y if normalize else norm, norm, cu_seqlens, len(x), mean, normalize)
-    torch.library.opcheck(module._backward, args)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, cu_seqlens = make(dtype, device)
+        torch.library.opcheck(module._forward, (x, cu_seqlens, mean, normalize))
+        y, unit, norm = module._forward(x, cu_seqlens, mean, normalize)
+        kept = y if normalize and dtype == torch.float32 else unit
+        args = (torch.randn_like(y), kept, norm, cu_seqlens, len(x), mean, normalize)
+        torch.library.opcheck(module._backward, args)
 
 
 @runs_kernel

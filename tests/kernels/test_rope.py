@@ -170,6 +170,19 @@ def test_refuses_an_output_that_overlaps(case):
     assert ROOM.eq(1).all()
 
 
+def test_refuses_an_output_in_the_memory_of_a_table():
+    x, cos, sin = make()
+    room = torch.ones(2 * x.numel())
+    out = room[: x.numel()].view_as(x)
+    inside = room[: cos.numel()].view_as(cos)
+    for tables, name in (((inside, sin), "cos"), ((cos, inside), "sin")):
+        with pytest.raises(ValueError, match=f"out: expected memory apart from that of {name}"):
+            nk.rope(x, *tables, out=out)
+    assert room.eq(1).all()
+    behind = room[x.numel() :][: cos.numel()].view_as(cos)
+    assert torch.equal(nk.rope(x, behind, sin, out=out), nk.rope(x, behind, sin))
+
+
 @pytest.mark.parametrize(("later", "meets"), [(16, True), (18, True), (23, True), (8 * 24, False)])
 def test_an_output_may_start_in_a_gap_but_not_reach_the_next_row(later, meets):
     """x has two heads in rows of three."""
@@ -300,7 +313,8 @@ T2 = torch.ones(3, 2)
     [
         (lambda: nk.rope(X[0], T2, T2), "x: expected 3 dimensions"),
         (lambda: nk.rope(X.double(), T2, T2), "x: expected dtype float32 or"),
-        (lambda: nk.rope(X[..., :3], T2, T2), "x: expected an even head size, got 3"),
+        (lambda: nk.rope(X[..., :3], T2, T2), "x: expected an even head size, at least 2, got 3"),
+        (lambda: nk.rope(X[..., :0], T2[:, :0], T2[:, :0]), "x: expected an even head size"),
         (lambda: nk.rope(X, T2[:2], T2), r"cos: expected shape \(3, 2\), got \(2, 2\)"),
         (lambda: nk.rope(X, T2, T2.half()), "sin: expected dtype float32, got float16"),
         (lambda: nk.rope(X, T2, T2, out=X[:2]), r"out: expected the shape of x \(\(3, 2, 4\)\)"),

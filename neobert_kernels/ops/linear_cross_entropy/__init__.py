@@ -77,9 +77,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
         if ctx.reduction == "none":
             x, weight, labels, bias, rows = ctx.saved_tensors
+            # What arrives at an ignored row (0 / 0 of the caller's, say) changes nothing.
+            counted = dloss.where(labels != ctx.options[0], 0.0)
             # Weights of at most 1 keep 16-bit dlogits from overflowing under a loss scale.
-            scale = dloss.abs().amax().clamp(min=1e-30) if len(dloss) else dloss.sum()
-            upstream = (dloss / scale).contiguous()
+            scale = counted.abs().amax().clamp(min=1e-30) if len(dloss) else counted.sum()
+            upstream = (counted / scale).contiguous()
             dx, dweight, dbias = _losses_and_gradients(
                 x, weight, labels, bias, rows, upstream, *ctx.options, *ctx.wanted
             )[3:]
@@ -159,7 +161,9 @@ def _dispatch(
     x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int,
     reduction: str, rows: Tensor | int | None,
 ) -> Stats:  # fmt: skip
-    _check_arguments(x, weight, labels, bias, reduction, rows)
+    _check_arguments(x, weight, labels, bias, ignore_index, reduction, rows)
+    if isinstance(rows, int):
+        rows = min(rows, len(labels))
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(labels, rows, len(weight), ignore_index)
     kind = x.device.type
@@ -182,13 +186,15 @@ def _dispatch(
 
 
 def _check_arguments(
-    x: Any, weight: Any, labels: Any, bias: Any, reduction: str, rows: Any
+    x: Any, weight: Any, labels: Any, bias: Any, ignore_index: Any, reduction: str, rows: Any
 ) -> None:
     _check.tensor("x", x, ndim=2)
     _check.dtype("x", x)
     _check.tensor("weight", weight, ndim=2)
     _check.dtype("weight", weight)
     _check.device("weight", weight, x.device)
+    if not x.shape[1]:
+        raise _check.error("x", "at least one channel", tuple(x.shape))
     if weight.shape[1] != x.shape[1] or not len(weight):
         raise _check.error("weight", f"shape (V, {x.shape[1]})", tuple(weight.shape))
     if bias is not None:
@@ -197,12 +203,15 @@ def _check_arguments(
     _check.dtype("labels", labels, (torch.int64,))
     _check.shape("labels", labels, x.shape[:1])
     _check.device("labels", labels, x.device)
+    _check.label("ignore_index", ignore_index)
     if reduction not in REDUCTIONS:
         raise _check.error("reduction", f"one of {', '.join(REDUCTIONS)}", repr(reduction))
     if isinstance(rows, int) and not isinstance(rows, bool):
         if rows < 0:
             raise _check.error("rows", "a number of rows, at least 0", rows)
     elif rows is not None:
+        if not isinstance(rows, Tensor):
+            raise _check.error("rows", "a torch.Tensor, an int or None", repr(rows))
         _check.tensor("rows", rows, ndim=1)
         _check.dtype("rows", rows, (torch.int64,))
         _check.device("rows", rows, x.device)
