@@ -159,6 +159,7 @@ def _finish_kernel(
         first = begin // PART + document
         count = tl.cdiv(length, PART)
     out_ptr = y_ptr + document.to(tl.int64) * C
+    unit_ptr += document.to(tl.int64) * C
     norm = 1.0
     if NORMALIZE:
         squares = tl.zeros((CHUNK,), tl.float32)
@@ -178,8 +179,7 @@ def _finish_kernel(
                 if NORMALIZE:
                     y = y / norm
                     if y_ptr.dtype.element_ty != tl.float32:
-                        unit = unit_ptr + document.to(tl.int64) * C + column
-                        tl.store(unit, y, mask=column < C)
+                        tl.store(unit_ptr + column, y, mask=column < C)
                 tl.store(out_ptr + column, y.to(y_ptr.dtype.element_ty), mask=column < C)
 
 
@@ -252,6 +252,15 @@ def _chunks(C: int, itemsize: int) -> int:
     return -(-C * itemsize // 512)
 
 
+def finish_span(chunks: int, mean: bool) -> int:
+    """Chunks of columns side by side; of means none, which have many parts to add.
+
+    Without a norm their columns are spread over programs; with one, three chunks and their float32
+    copies spill a register on sm_80.
+    """
+    return 1 if mean else min(chunks, SPAN)
+
+
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
@@ -273,8 +282,7 @@ def _launch(x: Tensor, cu_seqlens: Tensor, mean: bool, normalize: bool) -> Outpu
             x, cu_seqlens, source, y, B, x.stride(0), C, PART=PART, KEEP=normalize,
             **moves, num_warps=1, **_runtime.FP_FUSION,
         )  # fmt: skip
-    # Long documents have many parts to add: their columns are spread over programs.
-    span = 1 if mean and not normalize else min(chunks, SPAN)
+    span = finish_span(chunks, mean)
     _finish_kernel[(B, 1 if normalize else triton.cdiv(chunks, span))](
         source, cu_seqlens, y, unit, norm, stride, C, SPAN=span, PART=PART, MEAN=mean,
         NORMALIZE=normalize, **moves, num_warps=1, **_runtime.FP_FUSION,
@@ -416,7 +424,7 @@ def _launches(mean: bool) -> Iterator[_runtime.Launch]:
                 yield launch(_sum_kernel, "sum", case, dtype, KEEP=normalize)
             wide = {"source_ptr": "*fp32"} if mean else {}
             flags: dict[str, int] = {"MEAN": mean, "NORMALIZE": normalize}
-            flags |= {"SPAN": 1} if mean and not normalize else {}
+            flags["SPAN"] = finish_span(_chunks(768, dtype.itemsize), mean)
             yield launch(_finish_kernel, "finish", case, dtype, types=wide, **flags)
             wide = {"dm_ptr": "*fp32"} if normalize else {}
             yield launch(_backward_kernel, "backward", case, dtype, WARPS, types=wide, MEAN=mean)
