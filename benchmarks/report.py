@@ -62,8 +62,8 @@ def _loss(v: Values) -> Shown:
 def _patched(v: Values) -> Shown:
     """Real tokens a second; the spread is that of the unpatched model's quartiles."""
     low, high = (v[f"unpatched_{end}_s"] / v["patched_median_s"] for end in ("low", "high"))
-    rates = (f"{v[key]:,.0f}" for key in ("baseline_tokens_per_s", "tokens_per_s"))
-    return *rates, f"{v['ratio']:.2f} x ({low:.2f} to {high:.2f})"
+    theirs, ours = (f"{v[key]:,.0f}" for key in ("baseline_tokens_per_s", "tokens_per_s"))
+    return theirs, ours, f"{v['ratio']:.2f} x ({low:.2f} to {high:.2f})"
 
 
 def _loss_memory(v: Values) -> Shown:
