@@ -127,6 +127,23 @@ def test_no_documents_and_no_tokens(name):
 
 
 @every_peer
+def test_training_follows_inference(name):
+    """What a peer keeps of a batch from one call to the next must fit both."""
+    lengths = (5, 1, 7)
+    qkv, cu_seqlens, longest = make(lengths, DTYPE, 2)
+
+    def call(*qkv):
+        return nk.attention(*qkv, cu_seqlens, longest, implementation=name)
+
+    peers._padding.cache_clear()
+    with torch.inference_mode():
+        before = call(*qkv)
+    out = call(*(x.requires_grad_() for x in qkv))
+    out.sum().backward()
+    torch.testing.assert_close(out.detach(), before)
+
+
+@every_peer
 def test_known_lengths_change_nothing(name):
     (q, k, v), cu_seqlens, longest = make(EVEN, DTYPE)
     out = peers.attend(name, q, k, v, cu_seqlens, longest, lengths=EVEN)

@@ -72,6 +72,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, packed: Packed) 
 
 
 @functools.lru_cache(maxsize=2)  # of one forward: its layers with and without a window
+@torch.inference_mode(False)  # autograd may keep what an earlier inference made
 def _padding(
     lengths: tuple[int, ...], window: int | None, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
