@@ -1,6 +1,7 @@
 """Small pre-training runs, also in processes of their own, which can be killed."""
 
 import functools
+import gc
 import itertools
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from torch import distributed as dist
 from neobert import files
 from neobert.pretraining import log
 from neobert.pretraining.prepare import prepare
+from neobert.pretraining.ranks import open_ranks
 from neobert.pretraining.recipe import Batch, Data, Model, Recipe, Saving, Train, Watching
 from neobert.pretraining.run import train
 from neobert.pretraining.schedule import Schedule
@@ -97,7 +99,7 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
 
 def finish(process: Any) -> int:
     """Its exit code; negative: the signal that ended it."""
-    process.join(600)  # a busy machine is slow, not stuck
+    process.join(180)  # a busy machine is slow, not stuck
     assert process.exitcode is not None, "it hangs"
     return process.exitcode
 
@@ -226,3 +228,15 @@ def _one_rank(
         sys.exit(DIVERGED)
     finally:
         dist.destroy_process_group()
+
+
+def outlive_the_group(meeting: Path) -> None:
+    """Fails if the group ended with its last user: gloo's threads are gone then."""
+    store = dist.FileStore(str(meeting), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    with open_ranks():
+        pass
+    dist.destroy_process_group()
+    gc.collect()
+    names = (path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+    assert any("gloo" in name for name in names)

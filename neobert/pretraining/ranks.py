@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+# DistributedDataParallel's C++ part owns the group too. If it is the last owner, which it is where
+# an exception's frames outlive the group, it ends gloo's threads without giving the interpreter
+# away, and waits for ever for one that needs it to free the last collective's tensors. So a handle
+# of Python's, which does give it away, stays for as long as the process.
+_kept: list[dist.ProcessGroup | None] = []
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -73,6 +79,7 @@ def open_ranks() -> Iterator[Ranks]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         if dist.is_initialized():
+            _kept.append(dist.group.WORLD)
             yield Ranks(dist.get_rank(), dist.get_world_size(), device)
         else:
             yield Ranks(0, 1, device)

@@ -100,3 +100,8 @@ def test_both_ranks_documents_are_in_the_report_of_a_stop(small: Small, tmp_path
     (report,) = (Path(recipe.train.run) / "stopped").glob("*/report.json")
     documents = json.loads(report.read_bytes())["documents by rank and micro-batch"]
     assert [len(rank) for rank in documents] == [2, 2]
+
+
+def test_no_user_of_the_group_is_its_last_owner(tmp_path: Path) -> None:
+    """`DistributedDataParallel` as the last one can hang: see ``neobert/pretraining/ranks.py``."""
+    assert runs.finish(runs.start(runs.outlive_the_group, tmp_path / "meeting")) == 0
