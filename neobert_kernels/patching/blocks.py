@@ -56,15 +56,25 @@ def expect(module: Any, cls: Any, name: str, *, called: bool = False) -> None:
     if "forward" in module.__dict__:
         rule = f"{name} with the forward of its class (a patched encoder does not call it)"
         raise _check.error("model", rule, "one whose forward was replaced")
+    if _has_hooks(module):
+        rule = f"{name} without hooks (a patched encoder does not call it)"
+        raise _check.error("model", rule, "one that has them")
+
+
+def _has_hooks(module: Any) -> bool:
     hooks = (
         *module._forward_hooks.values(),
         *module._forward_pre_hooks.values(),
         *module._backward_hooks.values(),
         *module._backward_pre_hooks.values(),
     )
-    if any(not hook.__module__.startswith("transformers.") for hook in hooks):
-        rule = f"{name} without hooks (a patched encoder does not call it)"
-        raise _check.error("model", rule, "one that has them")
+    return any(not hook.__module__.startswith("transformers.") for hook in hooks)
+
+
+def is_watched(module: Any) -> bool:
+    """Whether it may be more than what its library made: then it has to be called, as it is."""
+    library = type(module).__module__.startswith(("transformers.", "torch.nn."))
+    return not library or "forward" in module.__dict__ or _has_hooks(module)
 
 
 def refuse_attention_dropout(training: bool, probability: float) -> None:

@@ -301,7 +301,11 @@ BLOCKS = (300, 300, 1, 129, 0, 128, 64, 65, 257)  # about the ends of the refere
 
 @pytest.mark.skipif(_runtime.INTERPRET, reason="about the reference")
 @pytest.mark.parametrize("window", [0, 1, 63, 64, 65, 100, 128, 298])
-def test_the_references_blocks_hold_what_a_window_reaches(window):
+@pytest.mark.parametrize("short", ["in blocks", "whole"])
+def test_the_references_blocks_hold_what_a_window_reaches(window, short, monkeypatch):
+    """Documents long enough for blocks, and those that are not, at the same lengths."""
+    if short == "in blocks":
+        monkeypatch.setattr(module.reference, "_short_mask", lambda *_: None)
     qkv, cu_seqlens, longest = make(BLOCKS, torch.float64, heads=4, groups=2, dim=8)
     dout = torch.randn_like(qkv[0])
     options = dict(zip(("cos", "sin"), table(BLOCKS, 8), strict=True), window=window, scale=0.3)

@@ -52,13 +52,16 @@ def attention_reference(
         return (q * (k.sum() + v.sum())).to(dtype)
     # A split has one backward; slices would each write a gradient of all tokens.
     parts = zip(*(x.split([b * n for b, n in runs]) for x in (q, k, v)), strict=True)
+    masks = None if window is None else _short_mask(q, runs, window)
     outputs = []
     for (documents, length), part in zip(runs, parts, strict=True):
         qs, ks, vs = (x.unflatten(0, (documents, length)) for x in part)
-        if window is not None and window < length - 1:
-            out = _banded(qs, ks, vs, window, scale)
-        else:
+        if window is None or window >= length - 1:
             out = _attend(qs, ks, vs, None, scale)
+        elif masks is not None and length <= len(masks):
+            out = _attend(qs, ks, vs, masks[:length, :length], scale)
+        else:
+            out = _banded(qs, ks, vs, window, scale)
         outputs.append(out.flatten(0, 1))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
 
@@ -101,6 +104,19 @@ SMALLEST_PIECE = 64  # shorter blocks leave the matrix products too little work
 def _piece(window: int) -> int:
     """Keys are cut into pieces of this length; a window reaches no further than one of them."""
     return max(window, SMALLEST_PIECE)
+
+
+def _short_mask(like: Tensor, runs: list[tuple[int, int]], window: int) -> Tensor | None:
+    """A mask for the longest document that is quicker without blocks: its corner fits the others.
+
+    Measured with windows 16, 64 and 128: blocks win from about 400, 400 and 550 tokens on.
+    """
+    lengths = [n for _, n in runs if window < n - 1 and n <= max(384, 4 * _piece(window))]
+    if not lengths:
+        return None
+    i = torch.arange(max(lengths), device=like.device)
+    mask = torch.zeros(len(i), len(i), dtype=like.dtype, device=like.device)
+    return mask.masked_fill_((i[:, None] - i).abs() > window, -torch.inf)
 
 
 def _blocks(like: Tensor, length: int, window: int) -> Iterator[_Block]:
