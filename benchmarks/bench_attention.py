@@ -72,7 +72,7 @@ def working(
                 torch.autograd.grad(out.sum(), leaves)
             assert_within_budget(out.detach(), rounded, exact, name, ulps=4)
         except Exception as error:  # whatever it raises is why it is absent
-            absent[f"{name}_absent"] = str(error).strip().partition("\n")[0][:80]
+            absent[f"{name}_absent"] = str(error).strip().partition("\n")[0][:120]
         else:
             found[name] = call
     return found, absent
