@@ -25,8 +25,8 @@ TOKENS = {"cuda": (8192, 32768, 131072), "cpu": (512, 2048)}
 CURVE = {"cuda": 16384, "cpu": 1024}
 CORE = ("patched", "sdpa")
 CALLS = 8  # of each way at one batch, about
-# At one batch. On a GPU a way that would take longer is past its best anyway; on a CPU that is 2,048
-# tokens of a base model, and with fewer a ragged batch is a text or two.
+# At one batch. On a GPU a way that would take longer is past its best anyway; on a CPU it has room
+# for 2,048 tokens of a base model, because with fewer a ragged batch is a text or two.
 MOST_S = {"cuda": 15.0, "cpu": 60.0}
 Found = tuple[list[dict[str, Any]], dict[str, str]]  # points, and why ways are absent
 WRONG = "differs from the unpatched model"

@@ -182,7 +182,11 @@ def results(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         if not document.get("quick")
         for result in document["results"]
     ]
-    return iter(sorted(found, key=lambda pair: pair[1].get("at", pair[0]["date"]), reverse=True))
+
+    def when(pair: tuple[dict[str, Any], dict[str, Any]]) -> tuple[str, str]:
+        return pair[0]["date"], pair[1].get("at", "")
+
+    return iter(sorted(found, key=when, reverse=True))
 
 
 def table(folder: Path) -> str:

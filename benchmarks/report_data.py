@@ -89,12 +89,12 @@ def groups(folder: Path) -> list[Group]:
                     commit,
                     bool(clean),
                     document["date"],
-                    result.get("at", document["date"]),
+                    result.get("at", ""),
                 )
             )
         group.not_reached = document.get("not_reached", [])
     for group in found.values():
-        group.history.sort(key=lambda result: result.at)
+        group.history.sort(key=lambda result: (result.date, result.at))
     return [found[key] for key in sorted(found, key=lambda k: (newest[k], k), reverse=True)]
 
 

@@ -127,6 +127,20 @@ def test_unknown_names_list_the_known_ones(
         collected(options, **given)
 
 
+def test_options_that_no_benchmark_meets_are_refused(options: ModuleType) -> None:
+    with pytest.raises(pytest.UsageError, match="expected a benchmark of all, got none"):
+        collected(options, suite=["rope"], model=["bert-large"])
+
+
+def test_a_folder_that_takes_no_results_is_refused_before_anything_is_measured(
+    options: ModuleType, tmp_path: Path
+) -> None:
+    (blocked := tmp_path / "file").write_text("")
+    config = SimpleNamespace(getoption={"results": blocked, "quick": True}.get, stash={})
+    with pytest.raises(pytest.UsageError, match="--results: expected a folder to write to, got"):
+        options.pytest_configure(config)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -122,6 +122,52 @@ def test_a_killed_run_keeps_what_it_measured(tmp_path: Path) -> None:
     assert evidence.Journal(tmp_path).done == set()
 
 
+def test_a_run_goes_on_the_day_after(tmp_path: Path) -> None:
+    journal = evidence.Journal(tmp_path)
+    journal.add(result("a"))
+    journal.path.rename(journal.path.with_name("2000-01-01.json"))
+    assert evidence.Journal(tmp_path, resume=True).done == {"a"}
+
+
+def test_what_a_deadline_cut_short_is_measured_again(tmp_path: Path) -> None:
+    journal = evidence.Journal(tmp_path)
+    journal.add(result("a", values={"cut_short": True}))
+    assert evidence.Journal(tmp_path, resume=True).done == set()
+    journal.add(result("a"))
+    assert evidence.Journal(tmp_path, resume=True).done == {"a"}
+
+
+def test_a_result_takes_the_place_of_one_of_its_own_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for commit, seconds in (("a", 1), ("b", 2), ("b", 3)):
+        monkeypatch.setattr(evidence, "commit", lambda value=commit: value)
+        journal = evidence.Journal(tmp_path)
+        journal.add(result("x", values={"ours_median_s": seconds}))
+    found = json.loads(journal.path.read_text())["results"]
+    assert [(r["commit"], r["values"]["ours_median_s"]) for r in found] == [("a", 1), ("b", 3)]
+    assert all(r["at"].startswith(journal.date) and r["command"] for r in found)
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    first, second = evidence.Journal(tmp_path), evidence.Journal(tmp_path)
+    first.hold()
+    with pytest.raises(ValueError, match=r"one run at a time in .*, got a second one"):
+        second.hold()
+    first.release()
+    second.hold()
+    second.release()
+
+
+@pytest.mark.parametrize("text", ['{"results": ', "[]", '{"results": 3}', "\xff"], ids=str)
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    path = evidence.Journal(tmp_path).path
+    path.parent.mkdir()
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"{path.name}: expected (JSON|a results file), got"):
+        evidence.Journal(tmp_path)
+
+
 def test_other_code_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evidence.Journal(tmp_path).add(result("a"))
     monkeypatch.setattr(evidence, "source", lambda: "other")
