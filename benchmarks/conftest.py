@@ -225,6 +225,12 @@ def once(benchmark: Any) -> Callable[..., Any]:
     return run
 
 
+@pytest.fixture
+def shown(benchmark: Any) -> Callable[[dict[str, Timing]], None]:
+    """Put these timings into pytest-benchmark's table and its JSON, as `once` does."""
+    return functools.partial(show, benchmark)
+
+
 def show(benchmark: Any, timings: dict[str, Timing]) -> None:
     for name, timing in timings.items():
         benchmark.extra_info |= timing.values(name) | {f"{name}_spread": timing.spread}

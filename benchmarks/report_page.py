@@ -243,8 +243,12 @@ def _training(results: list[Result]) -> Section:
 
 def _latency(results: list[Result]) -> Section:
     header = ["case", "SDPA p50, ms", "SDPA p99, ms", "patched p50, ms", "patched p99, ms", "ratio"]
-    keys = [f"{way}_{p}_ms" for way in ("sdpa", "patched") for p in ("p50", "p99")]
-    rows = [[r.case, *(f"{r.values[key]:.2f}" for key in keys), _ratio(r.values)] for r in results]
+    rows = []
+    for result in results:
+        v, row = result.values, [result.case]
+        for way in ("sdpa", "patched"):
+            row += [f"{v[f'{way}_p50_ms']:.2f}{_marks(v, way)}", f"{v[f'{way}_p99_ms']:.2f}"]
+        rows.append([*row, _ratio(v)])
     return Section("Latency of one text", header, rows, [])
 
 
