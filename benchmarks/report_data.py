@@ -150,32 +150,34 @@ def speed_up(values: dict[str, Any], ours: str, other: str) -> tuple[float, floa
 
 
 def length_series(group: Group, key: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """By model and way: ``key`` at every fixed length, at the batch that suits the way best.
+    """By model and way: ``key`` at every length.
 
-    Where only one length was measured at the best batch, the curve at a fixed number of tokens,
-    which the model's name then ends in.
+    A throughput is that of the batch that suits the way best, if more than one length has one. All
+    else, memory above all, compares at equal batches: the curve at a fixed number of tokens, if the
+    model has one. The title says which it is.
     """
-    found: dict[str, dict[str, dict[int, float]]] = {}
+    best: dict[str, dict[str, dict[int, float]]] = {}
     for result in group.named("inference"):
         length = length_of(result.case)
         if length is None:
             continue
-        ways = found.setdefault(model_of(result.case), {})
+        ways = best.setdefault(f"{model_of(result.case)}, best batch", {})
         for way in ("patched", "sdpa"):
             if f"{way}_{key}" in result.values:
                 ways.setdefault(way, {})[length] = result.values[f"{way}_{key}"]
         if key == "tokens_per_s" and "limit_tokens_per_s" in result.values:
             ways.setdefault("limit", {})[length] = result.values["limit_tokens_per_s"]
     for result in group.named("curve_length"):
-        model = model_of(result.case)
-        if len(found.get(model, {}).get("patched", {})) > 1 or not result.values["points"]:
-            continue
-        found.pop(model, None)
-        tokens = max(point["tokens"] for point in result.values["points"])
-        found[f"{model}, {tokens:,} tokens at once"] = _curve(result, "longest", key)
+        title = f"{model_of(result.case)}, best batch"
+        enough = len(best.get(title, {}).get("patched", {})) > 1
+        if result.values["points"] and not (enough and key == "tokens_per_s"):
+            best.pop(title, None)
+            tokens = max(point["tokens"] for point in result.values["points"])
+            title = f"{model_of(result.case)}, {tokens:,} tokens at once"
+            best[title] = _curve(result, "longest", key)
     return {
-        model: {way: sorted(points.items()) for way, points in ways.items()}
-        for model, ways in found.items()
+        title: {way: sorted(points.items()) for way, points in ways.items()}
+        for title, ways in best.items()
     }
 
 

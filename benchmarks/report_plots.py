@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,25 +21,45 @@ Series = dict[str, dict[str, list[tuple[int, float]]]]
 
 
 def plots(group: Group) -> dict[str, bytes]:
-    """Name and PNG of every plot that the group has results for."""
-    drawn: dict[str, Callable[[Group], Any]] = {
-        "throughput": lambda g: _lines(length_series(g, RATE), LENGTH, "real tokens/s"),
-        "memory": lambda g: _lines(length_series(g, "peak_bytes"), LENGTH, "peak memory, MB", 1e6),
-        "models": _models,
-        "batch": lambda g: _lines(batch_series(g, RATE), "documents of a batch", "real tokens/s"),
-        "roofline": _roofline,
-        "speed-up": _speed_ups,
-        "history": _history,
+    """Name and PNG of every plot that the group has results for, under its machine and commits."""
+    drawn: dict[str, tuple[Callable[[Group], Any], Callable[[Result], bool]]] = {
+        "throughput": (
+            lambda g: _lines(length_series(g, RATE), LENGTH, "real tokens/s"),
+            _at_length,
+        ),
+        "memory": (
+            lambda g: _lines(length_series(g, "peak_bytes"), LENGTH, "peak memory, MB", 1e6),
+            _at_length,
+        ),
+        "models": (_models, lambda result: result.name == "inference"),
+        "batch": (
+            lambda g: _lines(batch_series(g, RATE), "documents of a batch", "real tokens/s"),
+            lambda result: result.name == "curve_batch",
+        ),
+        "roofline": (_roofline, _under_a_roof),
+        "speed-up": (_speed_ups, lambda result: not result.name.startswith("curve")),
+        "history": (_history, lambda result: False),  # its axis has the commits
     }
     found = {}
-    for name, draw in drawn.items():
+    for name, (draw, uses) in drawn.items():
         figure = draw(group)
         if figure is not None:
+            origins = dict.fromkeys(result.origin for result in group.newest if uses(result))
+            commits = f"; commit{'s' * (len(origins) > 1)} {', '.join(origins)}" if origins else ""
+            figure.suptitle(textwrap.fill(group.title + commits, 110), fontsize="small")
             buffer = io.BytesIO()
             # Without the version of matplotlib in it, equal plots are equal files.
             figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
             found[name] = buffer.getvalue()
     return found
+
+
+def _at_length(result: Result) -> bool:
+    return result.name in ("inference", "curve_length")
+
+
+def _under_a_roof(result: Result) -> bool:
+    return bool(result.values.get("flop")) and "ours_median_s" in result.values
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
@@ -109,7 +130,7 @@ def _models(group: Group) -> Any:
 
 
 def _roofline(group: Group) -> Any:
-    found = [r for r in group.newest if r.values.get("flop") and "ours_median_s" in r.values]
+    found = [result for result in group.newest if _under_a_roof(result)]
     if not found:
         return None
     figure, ((axis,),) = _figure(7.5, 5)

@@ -209,6 +209,18 @@ def test_curves_are_read_along_their_own_axis(tmp_path: Path) -> None:
     }
 
 
+def test_memory_is_compared_at_equal_batches(tmp_path: Path) -> None:
+    points = [point("patched", n, 2000.0) for n in (64, 128)]
+    results = [entry("inference", f"bert-base, fixed {n}, x", inference(n)) for n in (512, 1024)]
+    results.append(entry("curve_length", "bert-base, x", {"points": points}))
+    file(tmp_path, "one.json", results)
+    (group,) = report_data.groups(tmp_path)
+    (title,) = report_data.length_series(group, "tokens_per_s")
+    assert title == "bert-base, best batch"
+    (title,) = report_data.length_series(group, "peak_bytes")
+    assert title == "bert-base, 1,024 tokens at once"
+
+
 @pytest.mark.parametrize(
     ("ours", "eager", "color"),
     [(1.0, 2.0, "#1f77b4"), (2.0, 1.0, "#d62728"), (1.0, 1.05, "#999999")],
