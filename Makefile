@@ -16,6 +16,7 @@ WHEELS ?=
 DEADLINE  ?= 510
 NOINSTALL ?=
 RUN    ?= runs/cpu_smoke
+BENCH  ?=
 JOBS   ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores > 8 ? 8 : cores)))
 
 # A machine with an NVIDIA GPU gets the CUDA build that pip prefers; CI's version elsewhere.
@@ -98,8 +99,9 @@ demo: $(VENV)/.demo
 cpu-smoke: $(VENV)/.dev
 	$(BIN)/python recipes/cpu_smoke/run.py --run $(RUN)
 
+# Goes on where it ended; BENCH='--suite models --deadline-s 900' runs a part of it.
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results
+	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results --resume $(BENCH)
 	$(BIN)/python benchmarks/report.py
 
 # The whole suite at tiny sizes, and a report of it: shows that both work.
