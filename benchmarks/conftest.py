@@ -116,11 +116,13 @@ def _importance(item: pytest.Item) -> int:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if seconds_left(item.config) <= 0:
         _not_reached(item)
+    if JOURNAL in item.config.stash:
+        item.config.stash[JOURNAL].reached(item.nodeid)
 
 
 def _not_reached(item: pytest.Item) -> NoReturn:
     if JOURNAL in item.config.stash:
-        item.config.stash[JOURNAL].not_reached.append(item.nodeid)
+        item.config.stash[JOURNAL].reached(item.nodeid, False)
     pytest.skip("not reached before --deadline-s")
 
 

@@ -132,13 +132,13 @@ class Journal:
         self.evidence = describe()
         self.date = _now().date().isoformat()
         self.quick, self.resume = quick, resume
-        self.not_reached: list[str] = []
         self._state: dict[str, str] = {}
         self._asked_at = float("-inf")
         self._held: BinaryIO | None = None
         self.path = self._own_file(folder / slug(device_name()))
         found = _read(self.path)
         self.results: list[dict[str, Any]] = found["results"] if found else []
+        self.not_reached: list[str] = list(found.get("not_reached", [])) if found else []
         self.done = self._measured() if resume else set()
 
     def _own_file(self, folder: Path) -> Path:
@@ -187,6 +187,10 @@ class Journal:
         if self._held is not None:
             self._held.close()
             self._held = None
+
+    def reached(self, item: str, yes: bool = True) -> None:
+        """Note whether there was time for a benchmark; those of earlier runs stay listed."""
+        self.not_reached = [name for name in self.not_reached if name != item] + [item] * (not yes)
 
     def add(self, result: dict[str, Any]) -> None:
         """File one result in place of an older one of the same name, case and commit."""

@@ -168,6 +168,18 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
         evidence.Journal(tmp_path)
 
 
+def test_what_was_not_reached_stays_listed_until_it_is(tmp_path: Path) -> None:
+    first = evidence.Journal(tmp_path)
+    for name in ("a", "b", "a"):
+        first.reached(name, False)
+    first.write()
+    second = evidence.Journal(tmp_path)
+    assert second.not_reached == ["b", "a"]
+    second.reached("b")
+    second.write()
+    assert json.loads(second.path.read_text())["not_reached"] == ["a"]
+
+
 def test_other_code_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evidence.Journal(tmp_path).add(result("a"))
     monkeypatch.setattr(evidence, "source", lambda: "other")
