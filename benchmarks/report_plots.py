@@ -239,17 +239,19 @@ def _history(group: Group) -> Any:
         return None
     figure, ((axis,),) = _figure(8, 4.5)
     names = sorted({name for name, _ in lines})
-    colors = dict(zip(names, _colors(len(names)), strict=True))
+    dashes = ["-" if i < 20 else ":" for i in range(len(names))]  # there are 20 colors
+    looks = [{"color": c, "linestyle": d} for c, d in zip(_colors(len(names)), dashes, strict=True)]
+    styles = dict(zip(names, looks, strict=True))
     for (name, _), times in lines.items():
         points = [(commits.index(commit), seconds) for commit, seconds in times.items()]
         points.sort()
         x, y = zip(*points, strict=True)
-        axis.plot(x, [value / y[0] for value in y], color=colors[name], marker=".", alpha=0.7)
+        axis.plot(x, [value / y[0] for value in y], **styles[name], marker=".", alpha=0.7)
     for name in names:
-        axis.plot([], [], color=colors[name], label=name)
+        axis.plot([], [], **styles[name], label=name)
     axis.set_xticks(range(len(commits)), [commit[:7] for commit in commits], rotation=45)
     axis.set(ylabel="time of ours over the first commit's")
     axis.axhline(1, color="black", linewidth=0.8)
-    axis.legend(fontsize="x-small", ncols=2)
+    figure.legend(fontsize="x-small", loc="outside right center")
     axis.grid(alpha=0.3)
     return figure
