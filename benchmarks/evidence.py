@@ -86,7 +86,7 @@ def describe() -> dict[str, Any]:
         "machine": machine,
         "versions": versions,
         "commit": commit(),
-        "clean": _output("git", "status", "--porcelain", "--untracked-files=no") == "",
+        "clean": clean(),
         "source": source(),
     }
 
@@ -95,6 +95,12 @@ def commit() -> str:
     """The checked-out commit; where there is no git, what the variable COMMIT says."""
     found = _output("git", "rev-parse", "HEAD")
     return os.environ.get("COMMIT", found) if found == "unknown" else found
+
+
+def clean() -> bool:
+    """Whether the tree is the commit's, but for results, which an earlier run has added to."""
+    status = ("git", "status", "--porcelain", "--untracked-files=no")
+    return _output(*status, "--", ".", ":(exclude)benchmarks/results") == ""
 
 
 def source() -> str:

@@ -1,6 +1,7 @@
 """How benchmarks take time: a filled queue on a GPU, flags for what is not to be trusted."""
 
 import json
+import subprocess
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,6 +207,24 @@ def test_quick_runs_have_files_of_their_own(tmp_path: Path) -> None:
     document = json.loads(quick.path.read_text())
     assert document["quick"]
     assert [r["name"] for r in document["results"]] == ["b"]
+
+
+def test_results_alone_leave_the_tree_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on in the committed folder is of the same commit as its beginning."""
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    results, code = tmp_path / "benchmarks" / "results" / "x.json", tmp_path / "a.py"
+    results.parent.mkdir(parents=True)
+    for path in (results, code):
+        path.write_text("1")
+    git = ("git", "-c", "user.name=n", "-c", "user.email=e", "-c", "core.hooksPath=/dev/null")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "x")):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    results.write_text("2")
+    assert evidence.clean()
+    code.write_text("2")
+    assert not evidence.clean()
 
 
 def test_the_digest_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
