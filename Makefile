@@ -16,6 +16,7 @@ WHEELS ?=
 DEADLINE  ?= 510
 NOINSTALL ?=
 RUN    ?= runs/cpu_smoke
+BENCH  ?=
 JOBS   ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores > 8 ? 8 : cores)))
 
 # A machine with an NVIDIA GPU gets the CUDA build that pip prefers; CI's version elsewhere.
@@ -98,8 +99,9 @@ demo: $(VENV)/.demo
 cpu-smoke: $(VENV)/.dev
 	$(BIN)/python recipes/cpu_smoke/run.py --run $(RUN)
 
+# Goes on where it ended; BENCH='--suite models --deadline-s 900' runs a part of it.
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results
+	$(BIN)/python -m pytest benchmarks --benchmark-only --results benchmarks/results --resume $(BENCH)
 	$(BIN)/python benchmarks/report.py
 
 # The whole suite at tiny sizes, and a report of it: shows that both work.
@@ -117,6 +119,11 @@ SITE       := build/wheels
 GPU_PYTHON  = $(if $(NOINSTALL),$(PYTHON),$(BIN)/python)
 GPU_RUN     = PYTHONPATH=$(CURDIR):$(CURDIR)/$(SITE) $(GPU_PYTHON)
 
+define need_gpu
+$(GPU_RUN) -c 'import sys, torch; \
+	sys.exit(None if torch.cuda.is_available() else "gpu: expected one that torch can use, got none")'
+endef
+
 gpu-wheels: $(if $(NOINSTALL),,$(VENV)/.dev)
 	$(if $(WHEELS),rm -rf $(SITE) && $(GPU_PYTHON) $(PIP) --no-index --no-deps --no-compile --target $(SITE) $(WHEELS)/*.whl)
 
@@ -124,7 +131,7 @@ gpu-test: gpu-wheels
 	$(GPU_RUN) benchmarks/gpu_test.py --output $(or $(OUT),build/gpu) --deadline-s $(DEADLINE)
 
 gpu-bench: gpu-wheels
-	$(GPU_RUN) -c 'import torch; assert torch.cuda.is_available(), "no GPU that torch can use"'
+	@$(call need_gpu)
 	$(GPU_RUN) -m pytest benchmarks --benchmark-only -p no:cacheprovider --resume \
 		--results $(or $(OUT),benchmarks/results) --deadline-s $(DEADLINE)
 
@@ -133,6 +140,7 @@ gpu-tune: gpu-wheels
 
 # The commit BASE and this one in turns; fails where this one is over 5 % slower than the spread.
 gpu-compare: gpu-wheels
+	@$(call need_gpu)
 	$(GPU_RUN) benchmarks/compare_commits.py --output $(or $(OUT),build/gpu) --deadline-s $(DEADLINE)
 
 clean:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from shapes import FIRST, MODELS, SMALL
+from timing import Timing, summarize
 from ways import Ways
 
 WAYS = ("patched", "sdpa")
@@ -37,19 +38,23 @@ def test_latency(
         calls[name] = way
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
 
-    def measure() -> None:
+    def measure() -> dict[str, Timing]:
         for number in range(-5, 4 if quick else CALLS[device]):
             for name in WAYS:
                 began = time.perf_counter()
                 calls[name](ids, mask)[:, 0].float().cpu()
                 if number >= 0:
                     seconds[name].append(time.perf_counter() - began)
+        return {name: summarize(taken) for name, taken in seconds.items()}
 
-    once(measure)
+    timings = once(measure)
     values: dict[str, Any] = {}
     for name, taken in seconds.items():
         p50, p99 = np.percentile(taken, [50, 99])
-        values |= {f"{name}_p50_ms": 1e3 * p50, f"{name}_p99_ms": 1e3 * p99}
+        values |= timings[name].values(name) | {
+            f"{name}_p50_ms": 1e3 * p50,
+            f"{name}_p99_ms": 1e3 * p99,
+        }
     record(
         "latency",
         f"{model}, {tokens} tokens, {str(dtype).removeprefix('torch.')}, {device}",

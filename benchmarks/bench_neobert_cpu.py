@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from timing import summarize
+from timing import Timing, summarize
 
 import neobert_kernels as nk
 from neobert import NeoBERTConfig, NeoBERTModel
@@ -51,7 +51,7 @@ def test_neobert_ragged_batch(
     batch = ragged_batch(4 if quick else 16, LONGEST, config.vocab_size)
     seconds: dict[str, list[float]] = {"padded": [], "patched": []}
 
-    def rounds() -> None:
+    def rounds() -> dict[str, Timing]:
         for number in range(-1, 1 if quick else 5):
             for name in sorted(seconds, reverse=bool(number % 2)):
                 if name == "patched":
@@ -63,9 +63,11 @@ def test_neobert_ragged_batch(
                 if name == "patched":
                     nk.unpatch(model)
 
-    once(rounds)
+        return {name: summarize(taken) for name, taken in seconds.items()}
+
+    timings = once(rounds)
     tokens = int(batch[1].sum())
-    padded, patched = (summarize(seconds[name]) for name in ("padded", "patched"))
+    padded, patched = timings["padded"], timings["patched"]
     ratios = [p / q for p, q in zip(seconds["padded"], seconds["patched"], strict=True)]
     record(
         "neobert_ragged",

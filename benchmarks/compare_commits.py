@@ -5,7 +5,8 @@ BASE=main python benchmarks/compare_commits.py --output build/gpu
 The other commit is checked out beside this one, each runs its own benchmarks, and the turns
 alternate, so that a machine that slows down slows both. A case is slower where its median is over
 5 % above the other's and no quartile of any turn of the one reaches into those of the other.
-``compare.md`` has the table, ``compare.json`` the numbers. Exit code 1 if a case is slower.
+``compare.md`` has the table, ``compare.json`` the numbers. Exit code 1 if a case is slower, if a
+benchmark of this commit fails, or if there is nothing to compare.
 """
 
 import argparse
@@ -214,7 +215,15 @@ def main(argv: list[str] | None = None) -> int:
         [{**row.__dict__, "base": row.base.__dict__, "head": row.head.__dict__} for row in found],
     )
     print(text)
-    return 1 if any(row.slower for row in found) else 0
+    return verdict(found, notes)
+
+
+def verdict(found: list[Row], notes: list[str]) -> int:
+    """The exit code; what could not be compared is no pass."""
+    if not found:
+        print("compare: expected a case that every turn measured, got none", file=sys.stderr)
+    failed = any(note.startswith("head") for note in notes)
+    return 1 if failed or not found or any(row.slower for row in found) else 0
 
 
 if __name__ == "__main__":

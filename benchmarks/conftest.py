@@ -5,16 +5,16 @@ are listed instead. Of ``importance(n)`` 0 is the first, 2 the default, 3 the la
 """
 
 import functools
-import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import evidence
 import memory_bound
 import pytest
 import torch
+from report_data import noisy_of
 from timing import Timing
 
 from neobert_kernels.ops.attention.peers import VARIABLE
@@ -55,9 +55,19 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--results: expected a full run for {folder}, got --quick")
     try:
         journal = evidence.Journal(folder, quick=quick, resume=config.getoption("resume"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise pytest.UsageError(f"--results: expected readable results, got {error}") from error
+        journal.hold()
+    except OSError as error:
+        raise pytest.UsageError(
+            f"--results: expected a folder to write to, got {error.strerror}: {folder}"
+        ) from error
+    except ValueError as error:
+        raise pytest.UsageError(f"--results: {error}") from error
     config.stash[JOURNAL] = journal
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if JOURNAL in config.stash:
+        config.stash[JOURNAL].release()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -67,6 +77,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for option, names in PICKED.items():
         known = {value for item in items for value in _parameters(item, names)}
         chosen = _pick(config, option, known, chosen, functools.partial(_parameters, names=names))
+    if items and not chosen:
+        raise pytest.UsageError("--suite, --model, --case: expected a benchmark of all, got none")
     done = config.stash[JOURNAL].done if JOURNAL in config.stash else set()
     fresh = [item for item in chosen if item.nodeid not in done]
     kept = set(map(id, fresh))
@@ -103,9 +115,15 @@ def _importance(item: pytest.Item) -> int:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if seconds_left(item.config) <= 0:
-        if JOURNAL in item.config.stash:
-            item.config.stash[JOURNAL].not_reached.append(item.nodeid)
-        pytest.skip("not reached before --deadline-s")
+        _not_reached(item)
+    if JOURNAL in item.config.stash:
+        item.config.stash[JOURNAL].reached(item.nodeid)
+
+
+def _not_reached(item: pytest.Item) -> NoReturn:
+    if JOURNAL in item.config.stash:
+        item.config.stash[JOURNAL].reached(item.nodeid, False)
+    pytest.skip("not reached before --deadline-s")
 
 
 def seconds_left(config: pytest.Config) -> float:
@@ -172,10 +190,18 @@ def left_s(request: pytest.FixtureRequest) -> Callable[[], float]:
 
 
 @pytest.fixture
+def not_reached(request: pytest.FixtureRequest) -> Callable[[], NoReturn]:
+    """End the benchmark as one that the deadline left no time for."""
+    return functools.partial(_not_reached, request.node)
+
+
+@pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[..., None]:
     """``record(name, case, **values)`` files one result; numbers' names end in their unit."""
 
     def add(name: str, case: str, **values: Any) -> None:
+        unsteady = noisy_of(values)
+        values |= {"noisy": unsteady} if unsteady else {}
         result = {"name": name, "case": case, "item": request.node.nodeid, "values": values}
         request.config.stash[RESULTS].append(result)
         if JOURNAL in request.config.stash:
@@ -199,6 +225,12 @@ def once(benchmark: Any) -> Callable[..., Any]:
         return result
 
     return run
+
+
+@pytest.fixture
+def shown(benchmark: Any) -> Callable[[dict[str, Timing]], None]:
+    """Put these timings into pytest-benchmark's table and its JSON, as `once` does."""
+    return functools.partial(show, benchmark)
 
 
 def show(benchmark: Any, timings: dict[str, Timing]) -> None:

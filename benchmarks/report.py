@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from report_data import noisy_of
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- numbers: make report -->", "<!-- end of numbers -->"
@@ -172,19 +174,27 @@ ROWS: tuple[tuple[str, str, str, tuple[str, ...], Cells, str], ...] = (
 
 
 def results(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every result with the document it is filed in, newest document first; of no quick run."""
+    """Every result with the document it is filed in, newest first; of no quick run."""
     documents = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*/*.json"))]
-    documents = [document for document in documents if not document.get("quick")]
-    for document in sorted(documents, key=lambda d: d["date"], reverse=True):
-        for result in document["results"]:
-            yield document, result
+    found = [
+        (document, result)
+        for document in documents
+        if not document.get("quick")
+        for result in document["results"]
+    ]
+
+    def when(pair: tuple[dict[str, Any], dict[str, Any]]) -> tuple[str, str]:
+        return pair[0]["date"], pair[1].get("at", "")
+
+    return iter(sorted(found, key=when, reverse=True))
 
 
 def table(folder: Path) -> str:
-    """The Markdown table; a row without a result says so."""
+    """The Markdown table; a row without a result says so, the others which run they are from."""
     found = list(results(folder))
-    lines = ["| what | baseline | baseline's | ours | ratio | goal |", "|---|---|---|---|---|---|"]
-    sources = []
+    lines = ["| what | baseline | baseline's | ours | ratio | goal | run |", "|---" * 7 + "|"]
+    sources: dict[str, int] = {}
+    unsteady = False
     for title, baseline, name, words, cells, goal in ROWS:
         match = next(
             (
@@ -195,12 +205,15 @@ def table(folder: Path) -> str:
             None,
         )
         if match is None:
-            shown = ("", NOT_MEASURED, "")
+            shown, run = ("", NOT_MEASURED, ""), ""
         else:
             shown = cells(match[1]["values"])
-            sources.append(source_line(*match))
-        lines.append(f"| {title} | {baseline} | {' | '.join(shown)} | {goal} |")
-    notes = [f"Measured on {source}." for source in dict.fromkeys(sources)]
+            if noisy_of(match[1]["values"]):
+                shown, unsteady = (*shown[:2], f"{shown[2]} ~".lstrip()), True
+            run = str(sources.setdefault(source_line(*match), len(sources) + 1))
+        lines.append(f"| {title} | {baseline} | {' | '.join(shown)} | {goal} | {run} |")
+    notes = [f"{run}. Measured on {source}." for source, run in sources.items()]
+    notes += ["", "~: quartiles more than a fifth of the median apart."] if unsteady else []
     return "\n".join([*lines, "", *(notes or ["Nothing has been measured yet."])])
 
 

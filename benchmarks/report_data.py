@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 CEILINGS = ("copy", "gemm")
-MOMENTS = ("rounds", "noisy", "starved", "points", "implementation")
+NOISY = 0.2  # a larger share of the median between the quartiles is flagged
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Result:
     commit: str
     clean: bool
     date: str
+    at: str = ""
 
     @property
     def variants(self) -> list[str]:
@@ -88,9 +89,12 @@ def groups(folder: Path) -> list[Group]:
                     commit,
                     bool(clean),
                     document["date"],
+                    result.get("at", ""),
                 )
             )
         group.not_reached = document.get("not_reached", [])
+    for group in found.values():
+        group.history.sort(key=lambda result: (result.date, result.at))
     return [found[key] for key in sorted(found, key=lambda k: (newest[k], k), reverse=True)]
 
 
@@ -103,8 +107,14 @@ def _documents(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         except ValueError as error:
             raise ValueError(f"{path}: expected JSON, got {error}") from error
         if isinstance(document, dict) and {"machine", "versions", "results"} <= document.keys():
+            if "date" not in document or not all(map(_is_whole, document["results"])):
+                raise ValueError(f"{path}: expected a whole results file, got a part of one")
             read.append((path, document))
     return iter(sorted(read, key=lambda pair: (pair[1]["date"], str(pair[0]))))
+
+
+def _is_whole(result: Any) -> bool:
+    return isinstance(result, dict) and {"name", "case", "values"} <= result.keys()
 
 
 def model_of(case: str) -> str:
@@ -119,8 +129,17 @@ def length_of(case: str) -> int | None:
 
 
 def spread(values: dict[str, Any], name: str) -> float:
-    """Distance of the quartiles as a share of the median."""
-    return (values[f"{name}_high_s"] - values[f"{name}_low_s"]) / values[f"{name}_median_s"]
+    """Distance of the quartiles as a share of the median; 0 where there are none."""
+    ends = [values.get(f"{name}_{end}_s", 0.0) for end in ("low", "high")]
+    median = float(values[f"{name}_median_s"])
+    return (ends[1] - ends[0]) / median if median and all(ends) else 0.0
+
+
+def noisy_of(values: dict[str, Any]) -> list[str]:
+    """Whose time varied too much to be believed, as listed there or by the quartiles."""
+    listed = set(values.get("noisy") or ())
+    timed = {key.removesuffix("_median_s") for key in values if key.endswith("_median_s")}
+    return sorted(listed | {name for name in timed if spread(values, name) > NOISY})
 
 
 def speed_up(values: dict[str, Any], ours: str, other: str) -> tuple[float, float, float]:
@@ -131,33 +150,54 @@ def speed_up(values: dict[str, Any], ours: str, other: str) -> tuple[float, floa
 
 
 def length_series(group: Group, key: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """By model and way: ``key`` at every fixed length, at the batch that suits the way best.
+    """By model and way: ``key`` at every length.
 
-    Where only one length was measured at the best batch, the curve at a fixed number of tokens.
+    A throughput is that of the batch that suits the way best, if more than one length has one. All
+    else, memory above all, compares at equal batches: the curve at a fixed number of tokens, if the
+    model has one. The title says which it is.
     """
-    found: dict[str, dict[str, dict[int, float]]] = {}
+    best: dict[str, dict[str, dict[int, float]]] = {}
     for result in group.named("inference"):
         length = length_of(result.case)
         if length is None:
             continue
-        ways = found.setdefault(model_of(result.case), {})
+        ways = best.setdefault(f"{model_of(result.case)}, best batch", {})
         for way in ("patched", "sdpa"):
             if f"{way}_{key}" in result.values:
                 ways.setdefault(way, {})[length] = result.values[f"{way}_{key}"]
         if key == "tokens_per_s" and "limit_tokens_per_s" in result.values:
             ways.setdefault("limit", {})[length] = result.values["limit_tokens_per_s"]
     for result in group.named("curve_length"):
-        model = model_of(result.case)
-        if len(found.get(model, {}).get("patched", {})) > 1:
-            continue
-        ways = {}
-        for point in result.values["points"]:
-            if point.get(key) is not None:
-                ways.setdefault(point["variant"], {})[point["longest"]] = point[key]
-            if key == "tokens_per_s" and "limit_tokens_per_s" in point:
-                ways.setdefault("limit", {})[point["longest"]] = point["limit_tokens_per_s"]
-        found[model] = ways
+        title = f"{model_of(result.case)}, best batch"
+        enough = len(best.get(title, {}).get("patched", {})) > 1
+        if result.values["points"] and not (enough and key == "tokens_per_s"):
+            best.pop(title, None)
+            tokens = max(point["tokens"] for point in result.values["points"])
+            title = f"{model_of(result.case)}, {tokens:,} tokens at once"
+            best[title] = _curve(result, "longest", key)
     return {
-        model: {way: sorted(points.items()) for way, points in ways.items()}
-        for model, ways in found.items()
+        title: {way: sorted(points.items()) for way, points in ways.items()}
+        for title, ways in best.items()
     }
+
+
+def batch_series(group: Group, key: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """By model and way: ``key`` at every number of documents in a batch."""
+    return {
+        f"{model_of(result.case)}, documents of {result.values['points'][0]['longest']:,} tokens": {
+            way: sorted(points.items()) for way, points in _curve(result, "documents", key).items()
+        }
+        for result in group.named("curve_batch")
+        if result.values["points"]
+    }
+
+
+def _curve(result: Result, axis: str, key: str) -> dict[str, dict[int, float]]:
+    """By way: ``key`` over ``axis`` of a result's points, with the ceiling of a throughput."""
+    ways: dict[str, dict[int, float]] = {}
+    for point in result.values["points"]:
+        if point.get(key) is not None:
+            ways.setdefault(point["variant"], {})[point[axis]] = point[key]
+        if key == "tokens_per_s" and "limit_tokens_per_s" in point:
+            ways.setdefault("limit", {})[point[axis]] = point["limit_tokens_per_s"]
+    return ways

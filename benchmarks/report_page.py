@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import evidence
-from report_data import Group, Result, groups, model_of, speed_up
+from report_data import Group, Result, groups, model_of, noisy_of, speed_up
 
 from neobert.files import write_atomically
 from neobert.floors import ARCHITECTURES, GPUS, Gpu, forward
 from neobert.tables import Table
 
 NOT_MEASURED = "not measured"
+MARKS = "~: quartiles more than a fifth of the median apart. *: the GPU waited for the host."
 
 
 @dataclass
@@ -62,8 +63,8 @@ def write(folder: Path, output: Path) -> list[Path]:
     markdown = [_markdown(group, number, images, drawing) for number, group in enumerate(found)]
     pages = [_html(group, number, images, drawing) for number, group in enumerate(found)]
     text, page = output / "report.md", output / "report.html"
-    write_atomically(text, "# Benchmarks\n\n" + "\n".join(markdown))
-    write_atomically(page, _PAGE.format(body="\n".join(pages)))
+    write_atomically(text, f"# Benchmarks\n\n{MARKS}\n\n" + "\n".join(markdown))
+    write_atomically(page, _PAGE.format(marks=MARKS, body="\n".join(pages)))
     return [text, page, *written]
 
 
@@ -111,7 +112,7 @@ def _time(seconds: float) -> str:
 
 
 def _marks(values: dict[str, Any], name: str) -> str:
-    noisy, starved = values.get("noisy") or (), values.get("starved") or ()
+    noisy, starved = noisy_of(values), values.get("starved") or ()
     return "~" * (name in noisy) + "*" * (name in starved)
 
 
@@ -136,7 +137,9 @@ def _operator(name: str, results: list[Result]) -> Section:
             else:
                 row.append(NOT_MEASURED)
         rows.append(row)
-    return Section(name, header, rows, _absent(results))
+    shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    rows = [[row[i] for i in shown] for row in rows]
+    return Section(name, [header[i] for i in shown], rows, _absent(results))
 
 
 def _absent(results: list[Result]) -> list[str]:
@@ -168,18 +171,28 @@ def _inference(results: list[Result]) -> Section:
         row.append(_ratio(v))
         row.append(f"{v['share_of_limit']:.0%}" if "share_of_limit" in v else "")
         row += [_bytes(v.get(f"{way}_peak_bytes")) for way in ("sdpa", "patched")]
-        row.append(" / ".join(f"{v.get(f'{w}_batch_tokens', '-'):,}" for w in ("sdpa", "patched")))
+        batches = [v.get(f"{way}_batch_tokens") for way in ("sdpa", "patched")]
+        row.append(" / ".join("-" if n is None else f"{n:,}" for n in batches))
         rows.append(row)
-        notes += _out_of_memory(result)
+        notes += _unfinished(result)
     return Section("Inference", header, rows, notes)
 
 
-def _out_of_memory(result: Result) -> list[str]:
-    return [
+def _unfinished(result: Result) -> list[str]:
+    """What did not fit into the memory, and what a deadline cut short."""
+    notes = [
         f"Out of memory: {result.case}, {p['variant']}, {p['tokens']:,} tokens."
         for p in result.values.get("points", ())
         if "out_of_memory" in p
     ]
+    notes += [
+        f"Out of memory: {result.case}, {key.removesuffix('_out_of_memory')}."
+        for key in result.values
+        if key.endswith("_out_of_memory")
+    ]
+    if result.values.get("cut_short"):
+        notes.append(f"Cut short by the deadline: {result.case}.")
+    return notes
 
 
 def _rate(values: dict[str, Any], way: str) -> str:
@@ -208,7 +221,7 @@ def _ways(results: list[Result]) -> Section:
     for result in results:
         v = result.values
         rows.append([result.case, *(_rate(v, name) for name in names)])
-        notes += _out_of_memory(result)
+        notes += _unfinished(result)
     notes = _absent(results) + notes
     return Section("Ways to run a model, real tokens/s", ["case", *names], rows, notes)
 
@@ -225,13 +238,17 @@ def _training(results: list[Result]) -> Section:
             share = v.get(f"{way}_flop_utilisation")
             row.append(NOT_MEASURED if share is None else f"{share:.0%}")
         rows.append(row)
-    return Section("Training step", header, rows, [])
+    return Section("Training step", header, rows, [n for r in results for n in _unfinished(r)])
 
 
 def _latency(results: list[Result]) -> Section:
     header = ["case", "SDPA p50, ms", "SDPA p99, ms", "patched p50, ms", "patched p99, ms", "ratio"]
-    keys = [f"{way}_{p}_ms" for way in ("sdpa", "patched") for p in ("p50", "p99")]
-    rows = [[r.case, *(f"{r.values[key]:.2f}" for key in keys), _ratio(r.values)] for r in results]
+    rows = []
+    for result in results:
+        v, row = result.values, [result.case]
+        for way in ("sdpa", "patched"):
+            row += [f"{v[f'{way}_p50_ms']:.2f}{_marks(v, way)}", f"{v[f'{way}_p99_ms']:.2f}"]
+        rows.append([*row, _ratio(v)])
     return Section("Latency of one text", header, rows, [])
 
 
@@ -249,7 +266,8 @@ def _curve(results: list[Result]) -> Section:
         for (documents, longest), by_way in cells.items():
             ways = [by_way.get(way, NOT_MEASURED) for way in ("sdpa", "patched")]
             rows.append([model_of(result.case), f"{documents:,}", f"{longest:,}", *ways])
-    return Section(f"Cost over the {axis}", header, rows, [])
+    notes = [note for result in results for note in _unfinished(result)]
+    return Section(f"Cost over the {axis}", header, rows, notes)
 
 
 def _plain(name: str, results: list[Result]) -> Section:
@@ -348,7 +366,7 @@ table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x:
 th, td {{ border-bottom: 1px solid #ccc; padding: .25rem .6rem; white-space: nowrap }}
 th {{ text-align: left }} .number {{ text-align: right }} .note {{ color: #555; font-size: 13px }}
 </style></head><body><h1>Benchmarks</h1>
-<p>~: quartiles more than a fifth of the median apart. *: the GPU waited for the host.</p>
+<p>{marks}</p>
 {body}
 </body></html>
 """

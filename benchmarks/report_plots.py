@@ -2,10 +2,11 @@
 
 import io
 import math
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from report_data import Group, Result, length_series, speed_up
+from report_data import Group, Result, batch_series, length_of, length_series, model_of, speed_up
 
 STYLE = {
     "patched": {"color": "#1f77b4", "marker": "o", "label": "patched"},
@@ -13,25 +14,52 @@ STYLE = {
     "limit": {"color": "#d62728", "linestyle": "--", "label": "ceiling"},
 }
 
+# Of results that carry a ratio and not the baseline's name.
+BASELINES = {"encode": "sentence-transformers", "finetune": "trainer", "neobert_ragged": "padded"}
+RATE, LENGTH = "tokens_per_s", "tokens of a document"
+Series = dict[str, dict[str, list[tuple[int, float]]]]
+
 
 def plots(group: Group) -> dict[str, bytes]:
-    """Name and PNG of every plot that the group has results for."""
-    drawn: dict[str, Callable[[Group], Any]] = {
-        "throughput": lambda g: _against_length(g, "tokens_per_s", "real tokens/s"),
-        "memory": lambda g: _against_length(g, "peak_bytes", "peak memory, bytes"),
-        "roofline": _roofline,
-        "speed-up": _speed_ups,
-        "history": _history,
+    """Name and PNG of every plot that the group has results for, under its machine and commits."""
+    drawn: dict[str, tuple[Callable[[Group], Any], Callable[[Result], bool]]] = {
+        "throughput": (
+            lambda g: _lines(length_series(g, RATE), LENGTH, "real tokens/s"),
+            _at_length,
+        ),
+        "memory": (
+            lambda g: _lines(length_series(g, "peak_bytes"), LENGTH, "peak memory, MB", 1e6),
+            _at_length,
+        ),
+        "models": (_models, lambda result: result.name == "inference"),
+        "batch": (
+            lambda g: _lines(batch_series(g, RATE), "documents of a batch", "real tokens/s"),
+            lambda result: result.name == "curve_batch",
+        ),
+        "roofline": (_roofline, _under_a_roof),
+        "speed-up": (_speed_ups, lambda result: not result.name.startswith("curve")),
+        "history": (_history, lambda result: False),  # its axis has the commits
     }
     found = {}
-    for name, draw in drawn.items():
+    for name, (draw, uses) in drawn.items():
         figure = draw(group)
         if figure is not None:
+            origins = dict.fromkeys(result.origin for result in group.newest if uses(result))
+            commits = f"; commit{'s' * (len(origins) > 1)} {', '.join(origins)}" if origins else ""
+            figure.suptitle(textwrap.fill(group.title + commits, 110), fontsize="small")
             buffer = io.BytesIO()
             # Without the version of matplotlib in it, equal plots are equal files.
             figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
             found[name] = buffer.getvalue()
     return found
+
+
+def _at_length(result: Result) -> bool:
+    return result.name in ("inference", "curve_length")
+
+
+def _under_a_roof(result: Result) -> bool:
+    return bool(result.values.get("flop")) and "ours_median_s" in result.values
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
@@ -43,8 +71,9 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _against_length(group: Group, key: str, label: str) -> Any:
-    series = {m: ways for m, ways in length_series(group, key).items() if ways.get("patched")}
+def _lines(measured: Series, over: str, label: str, unit: float = 1.0) -> Any:
+    """One small plot for every model: what each way reaches, in so many of ``unit``."""
+    series = {model: ways for model, ways in measured.items() if ways.get("patched")}
     if not series:
         return None
     columns = min(3, len(series))
@@ -53,20 +82,55 @@ def _against_length(group: Group, key: str, label: str) -> Any:
     for axis in axes.flat[len(series) :]:
         axis.set_axis_off()
     for axis, (model, ways) in zip(axes.flat, series.items(), strict=False):
+        for way in sorted(ways, key=list(STYLE).index):
+            x, y = zip(*ways[way], strict=True)
+            axis.plot(x, [value / unit for value in y], **STYLE[way])
+        axis.set(xlabel=over, ylabel=label)
+        axis.set_title(model, fontsize="medium")
+        _finish(axis, ways.values(), unit)
+    handles = dict(zip(*reversed(axes.flat[0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small")
+    return figure
+
+
+def _finish(axis: Any, lines: Iterable[list[tuple[int, float]]], unit: float = 1.0) -> None:
+    """A logarithmic axis with the measured numbers on it, against one that begins at 0."""
+    points = [point for line in lines for point in line]
+    measured = sorted({x for x, _ in points})
+    axis.set_xscale("log")
+    axis.set_xticks(measured, [str(x) for x in measured])
+    axis.minorticks_off()
+    axis.set_ylim(0, 1.08 * max(y for _, y in points) / unit)
+    axis.grid(alpha=0.3)
+
+
+def _models(group: Group) -> Any:
+    """All models together, each at its best batch: patched, and as it is."""
+    series: Series = {}
+    for result in group.named("inference"):
+        length = length_of(result.case)
+        for way in ("patched", "sdpa"):
+            if length is not None and f"{way}_{RATE}" in result.values:
+                ways = series.setdefault(model_of(result.case), {})
+                ways.setdefault(way, []).append((length, result.values[f"{way}_{RATE}"]))
+    if len(series) < 2:
+        return None
+    figure, ((axis,),) = _figure(8.5, 5)
+    for (model, ways), color in zip(series.items(), _colors(len(series)), strict=True):
         for way, points in ways.items():
-            axis.plot(*zip(*points, strict=True), **STYLE[way])
-        axis.set(title=model, xlabel="tokens of a document", ylabel=label, xscale="log")
-        lengths = sorted({length for points in ways.values() for length, _ in points})
-        axis.set_xticks(lengths, [str(n) for n in lengths])
-        axis.minorticks_off()
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize="small")
+            line = {"linestyle": "-", "marker": "o", "label": model}
+            if way == "sdpa":
+                line = {"linestyle": ":", "marker": "s", "fillstyle": "none"}
+            axis.plot(*zip(*sorted(points), strict=True), color=color, **line)
+    axis.plot([], [], color="black", linestyle=":", label="dotted: unpatched, SDPA")
+    axis.set(xlabel=LENGTH, ylabel="real tokens/s at the best batch")
+    _finish(axis, [points for ways in series.values() for points in ways.values()])
+    axis.legend(fontsize="small")
     return figure
 
 
 def _roofline(group: Group) -> Any:
-    found = [r for r in group.newest if r.values.get("flop") and "ours_median_s" in r.values]
+    found = [result for result in group.newest if _under_a_roof(result)]
     if not found:
         return None
     figure, ((axis,),) = _figure(7.5, 5)
@@ -86,8 +150,8 @@ def _roofline(group: Group) -> Any:
     left, ridge = min(ends) / 2, gemm / copy
     right = max(*ends, ridge) * 2
     axis.plot([left, ridge, right], [left * copy, gemm, gemm], color="#d62728", linestyle="--")
-    axis.annotate("copy", (left * 1.2, left * copy * 1.5), color="#d62728")
-    axis.annotate("matrix product", (ridge * 1.1, gemm * 1.05), color="#d62728")
+    axis.annotate("copy", (left * 1.2, left * copy * 2.5), color="#d62728")
+    axis.annotate("matrix product", (ridge * 1.1, gemm * 1.15), color="#d62728")
     axis.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="FLOP/s of ours")
     axis.legend(fontsize="x-small", ncols=2)
     axis.grid(alpha=0.3)
@@ -97,11 +161,15 @@ def _roofline(group: Group) -> Any:
 def _colors(count: int) -> list[Any]:
     from matplotlib import colormaps
 
-    return [colormaps["tab20"](i % 20) for i in range(count)]
+    name, size = ("tab10", 10) if count <= 10 else ("tab20", 20)
+    return [colormaps[name](i % size) for i in range(count)]
 
 
 def comparisons(group: Group) -> list[tuple[str, float, float, float]]:
-    """Label, ratio and its range: ours against the baseline that people have today."""
+    """Label, ratio and its range: ours against the baseline that people have today.
+
+    Of results without both ends of the range, and of curves, there is no bar.
+    """
     found = []
     for result in group.newest:
         v = result.values
@@ -109,6 +177,8 @@ def comparisons(group: Group) -> list[tuple[str, float, float, float]]:
             continue  # the same models at a batch that suits neither
         label = f"{result.name}: {result.case}"
         if {"ratio", "ratio_low", "ratio_high"} <= v.keys():
+            against = v.get("best_other", BASELINES.get(result.name, "sdpa"))
+            label = f"{label} / {against}"
             found.append((label, v["ratio"], v["ratio_low"], v["ratio_high"]))
             continue
         ours = next((name for name in ("ours", "patched") if name in result.variants), None)
@@ -119,22 +189,30 @@ def comparisons(group: Group) -> list[tuple[str, float, float, float]]:
     return found
 
 
+def _verdict(low: float, high: float) -> str:
+    """The color of a bar: faster, slower, or neither beyond the spread."""
+    return "#1f77b4" if low > 1 else "#d62728" if high < 1 else "#999999"
+
+
 def _speed_ups(group: Group) -> Any:
     found = sorted(comparisons(group), key=lambda row: row[1])
     if not found:
         return None
-    figure, ((axis,),) = _figure(10, 1.2 + 0.24 * len(found))
+    figure, ((axis,),) = _figure(12, 1.2 + 0.24 * len(found))
     labels, ratios, lows, highs = zip(*found, strict=True)
     errors = [
         [max(0.0, r - low) for r, low in zip(ratios, lows, strict=True)],
         [max(0.0, high - r) for r, high in zip(ratios, highs, strict=True)],
     ]
-    color = ["#1f77b4" if ratio >= 1 else "#d62728" for ratio in ratios]
+    color = [_verdict(low, high) for low, high in zip(lows, highs, strict=True)]
     axis.barh(range(len(found)), ratios, xerr=errors, color=color, ecolor="#444444", capsize=2)
-    axis.set_yticks(range(len(found)), [label[:90] for label in labels], fontsize="x-small")
+    axis.set_yticks(range(len(found)), labels, fontsize="x-small")
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set(xlabel="times as fast as the baseline; lines: opposite quartiles")
-    axis.set_xlim(0, 1.15 * max(ratios))
+    axis.set(
+        xlabel="times as fast as the baseline behind the /; lines: opposite quartiles; "
+        "gray: they reach 1"
+    )
+    axis.set_xlim(0, min(1.05 * max(*ratios, *highs), 1.5 * max(ratios)))
     axis.set_ylim(-1, len(found))
     axis.grid(alpha=0.3, axis="x")
     return figure
@@ -161,17 +239,19 @@ def _history(group: Group) -> Any:
         return None
     figure, ((axis,),) = _figure(8, 4.5)
     names = sorted({name for name, _ in lines})
-    colors = dict(zip(names, _colors(len(names)), strict=True))
+    dashes = ["-" if i < 20 else ":" for i in range(len(names))]  # there are 20 colors
+    looks = [{"color": c, "linestyle": d} for c, d in zip(_colors(len(names)), dashes, strict=True)]
+    styles = dict(zip(names, looks, strict=True))
     for (name, _), times in lines.items():
         points = [(commits.index(commit), seconds) for commit, seconds in times.items()]
         points.sort()
         x, y = zip(*points, strict=True)
-        axis.plot(x, [value / y[0] for value in y], color=colors[name], marker=".", alpha=0.7)
+        axis.plot(x, [value / y[0] for value in y], **styles[name], marker=".", alpha=0.7)
     for name in names:
-        axis.plot([], [], color=colors[name], label=name)
+        axis.plot([], [], **styles[name], label=name)
     axis.set_xticks(range(len(commits)), [commit[:7] for commit in commits], rotation=45)
     axis.set(ylabel="time of ours over the first commit's")
     axis.axhline(1, color="black", linewidth=0.8)
-    axis.legend(fontsize="x-small", ncols=2)
+    figure.legend(fontsize="x-small", loc="outside right center")
     axis.grid(alpha=0.3)
     return figure

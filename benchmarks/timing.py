@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report_data import NOISY
 
 CLEAR_REFS, STATUS = (Path("/proc/self") / name for name in ("clear_refs", "status"))
 Variant = Callable[[int], object]  # called with a running number, to pick among rotated buffers
 
 # About 5 ms and 0.2 s of idling on the GPU, while the host fills the queue.
 BACKLOG_CYCLES, MOST_BACKLOG_CYCLES = 10_000_000, 400_000_000
-NOISY = 0.2  # a larger share of the median between the quartiles is flagged in the results
 MOST_SETS = 64
 CEILINGS = ("copy", "gemm")  # timed beside the variants, and not compared with them
 

@@ -1,5 +1,6 @@
 """The benchmarks' options: order, deadline, resuming, names."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -125,6 +126,27 @@ def test_unknown_names_list_the_known_ones(
 ) -> None:
     with pytest.raises(pytest.UsageError, match=message):
         collected(options, **given)
+
+
+def test_options_that_no_benchmark_meets_are_refused(options: ModuleType) -> None:
+    with pytest.raises(pytest.UsageError, match="expected a benchmark of all, got none"):
+        collected(options, suite=["rope"], model=["bert-large"])
+
+
+def test_a_folder_that_takes_no_results_is_refused_before_anything_is_measured(
+    options: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:  # what root cannot be refused by permissions
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(options.evidence.tempfile, "TemporaryFile", refuse)
+    for name, why in (("file", "Not a directory"), ("folder", "Read-only file system")):
+        given = {"results": tmp_path / name, "quick": True}
+        config = SimpleNamespace(getoption=given.get, stash={})
+        message = f"--results: expected a folder to write to, got {why}: {tmp_path / name}"
+        with pytest.raises(pytest.UsageError, match=message):
+            options.pytest_configure(config)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import bench_models
+import bench_training
 import compare_commits
 import gpu_test
 import gpu_tune
@@ -229,6 +231,26 @@ def test_turns_are_taken_together(tmp_path: Path) -> None:
     assert compare_commits.rows([empty], head[:1]) == []
 
 
+def test_what_was_not_compared_is_no_pass() -> None:
+    same = row((1.0, 0.99, 1.01), (1.0, 0.99, 1.01))
+    assert compare_commits.verdict([same], ["base, turn 1: some benchmarks failed."]) == 0
+    assert compare_commits.verdict([same], ["head, turn 1: some benchmarks failed."]) == 1
+    assert compare_commits.verdict([], []) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["make", "-k", "gpu-bench", "gpu-compare", "NOINSTALL=1", f"PYTHON={sys.executable}",
+         f"OUT={tmp_path}"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stderr.count("gpu: expected one that torch can use, got none\n") == 2
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_cases_of_operators_are_all_registered() -> None:
     assert {operator for operator, _ in CASES} <= set(_runtime.load_operators())
 
@@ -270,11 +292,15 @@ def sweep(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     bench = bench_models.Bench("m", ways, "cpu", True, lambda f: f(), lambda: 1.0)
     batches = [[10], [10] * 2, [10] * 4, [10] * 8]
-    return lambda *names, **options: bench.sweep(names, batches, **options)
+
+    def run(*names: str, **options: Any) -> Any:
+        return bench.sweep(names, batches, **options)
+
+    return SimpleNamespace(bench=bench, run=run)
 
 
 def test_a_batch_that_does_not_fit_is_recorded_and_the_sweep_goes_on(sweep: Any) -> None:
-    points, absent = sweep("patched", "greedy", "absent")
+    points, absent = sweep.run("patched", "greedy", "absent")
     assert absent == {"absent": "not installed"}
     full = [p for p in points if "out_of_memory" in p]
     assert [(p["variant"], p["tokens"]) for p in full] == [("greedy", 40)]
@@ -286,11 +312,46 @@ def test_a_batch_that_does_not_fit_is_recorded_and_the_sweep_goes_on(sweep: Any)
     assert values["absent_absent"] == "not installed"
 
 
+def test_a_sweep_without_time_says_that_it_was_cut_short(sweep: Any) -> None:
+    times = iter([1.0, 1.0, 0.0])
+    sweep.bench.left_s = lambda: next(times)
+    points, _ = sweep.run("patched")
+    assert [p["tokens"] for p in points] == [10, 20]
+    assert sweep.bench.cut_short
+
+
+def test_a_training_step_that_does_not_fit_is_recorded() -> None:
+    def losses(full_after: int) -> Any:
+        """A model whose memory is full at its call of this number."""
+        model = torch.nn.Linear(2, 1)
+        calls = iter(range(100))
+
+        def forward(x: torch.Tensor) -> Any:
+            if next(calls) >= full_after:
+                raise torch.OutOfMemoryError("out of memory\nmore")
+            return SimpleNamespace(loss=(x @ weight.T).mean())
+
+        weight = model.weight
+        model.forward = forward
+        return model
+
+    inputs = {"x": torch.ones(3, 2)}
+    torch.manual_seed(0)
+    patched, plain = losses(100), losses(1)
+    plain.load_state_dict(patched.state_dict())
+    steps, values = bench_training.fitting_steps({"patched": patched, "sdpa": plain}, inputs, "cpu")
+    assert list(steps) == ["patched"]
+    assert values["sdpa_out_of_memory"] == "out of memory"
+    steps, values = bench_training.fitting_steps({"patched": patched, "sdpa": plain}, inputs, "cpu")
+    assert not steps
+    assert set(values) == {"patched_out_of_memory", "sdpa_out_of_memory"}
+
+
 def test_a_compiled_model_that_is_wrong_gets_no_number(
     sweep: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Stub, "agrees", lambda *_: False, raising=False)
-    points, absent = sweep("patched", "compile")
+    points, absent = sweep.run("patched", "compile")
     assert [p["wrong"] for p in points if p["variant"] == "compile"] == [bench_models.WRONG]
     values = bench_models.summary(points, absent)
     assert values["compile_absent"] == bench_models.WRONG
@@ -298,6 +359,6 @@ def test_a_compiled_model_that_is_wrong_gets_no_number(
 
 
 def test_a_way_past_its_best_is_not_run_on_larger_batches(sweep: Any) -> None:
-    points, _ = sweep("patched", "quadratic", to_best=True)
+    points, _ = sweep.run("patched", "quadratic", to_best=True)
     assert [p["tokens"] for p in points if p["variant"] == "quadratic"] == [10, 20]
     assert [p["tokens"] for p in points if p["variant"] == "patched"] == [10, 20, 40, 80]

@@ -70,6 +70,33 @@ def test_the_newest_result_is_shown(tmp_path: Path) -> None:
     assert rows(tmp_path)["embed real text, MiniLM, real tokens/s"][2].startswith("9.00 x")
 
 
+def test_every_row_says_which_run_it_is_from(tmp_path: Path) -> None:
+    path = evidence.write(tmp_path, [result("encode", "a", **ENCODE)])
+    document = json.loads(path.read_text(encoding="utf-8"))
+    noisy = {"added_us": 2.0, "ours_median_s": 1.0, "ours_low_s": 0.7, "ours_high_s": 1.1}
+    other = result("op_call", "x, inference, cpu", **noisy) | {"commit": "b" * 40}
+    document["results"].append(other)
+    path.write_text(json.dumps(document), encoding="utf-8")
+    lines = report.table(tmp_path).splitlines()
+    ends = {line.split(" | ")[0]: line.split(" | ")[-3:] for line in lines if line[:2] == "| "}
+    assert ends["| embed real text, MiniLM, real tokens/s"][2] == "1 |"
+    assert ends["| checks around one `rms_norm` call, CPU"] == ["~", "17 us", "2 |"]
+    assert ends["| `rms_norm` forward, 16384 x 768 bfloat16, GPU"][2] == " |"
+    (second,) = (line for line in lines if line.startswith("2. Measured on "))
+    assert second.endswith("commit bbbbbbbbbb.")
+    assert lines[-1] == "~: quartiles more than a fifth of the median apart."
+
+
+def test_of_one_day_the_later_result_is_shown(tmp_path: Path) -> None:
+    path = evidence.write(tmp_path, [result("encode", "a", **{**ENCODE, "ratio": 1.0})])
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["results"][0] |= {"at": f"{document['date']}T23:59:59"}
+    document["results"][0]["values"]["ratio"] = 9.0
+    path.with_name(f"{path.stem}-3.json").write_text(json.dumps(document), encoding="utf-8")
+    path.with_name(f"{path.stem}-2.json").write_text(path.read_text(), encoding="utf-8")
+    assert rows(tmp_path)["embed real text, MiniLM, real tokens/s"][2].startswith("9.00 x")
+
+
 def test_only_the_part_between_the_markers_changes(tmp_path: Path) -> None:
     readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     changed = report.with_table(readme, tmp_path)

@@ -33,6 +33,13 @@ OPERATOR = times(ours=1e-3, eager=2e-3, copy=1e-3, gemm=1e-3) | {
 }  # fmt: skip
 
 
+def unfinished() -> dict[str, Any]:
+    """A sweep that the deadline cut short, of which SDPA fitted no batch."""
+    full = {"variant": "sdpa", "documents": 8, "tokens": 4096, "longest": 512}
+    values = {"patched_tokens_per_s": 2000.0, "patched_batch_tokens": 4096, "cut_short": True}
+    return values | {"points": [point("patched", 512, 2000.0), full | {"out_of_memory": "no"}]}
+
+
 def point(way: str, length: int, rate: float, documents: int = 8) -> dict[str, Any]:
     return {
         "variant": way, "documents": documents, "tokens": documents * length, "longest": length,
@@ -70,6 +77,7 @@ def file(
 
 def everything(folder: Path) -> None:
     points = [point("patched", n, 2000.0) for n in (64, 128)]
+    batches = [point("patched", 512, 2000.0, n) for n in (1, 2)]
     latency = {f"{w}_{p}_ms": 1.5 for w in ("patched", "sdpa") for p in ("p50", "p99")}
     training = inference(1024) | {"patched_flop_utilisation": 0.4}
     file(
@@ -80,6 +88,8 @@ def everything(folder: Path) -> None:
             entry("inference", "neobert-250m, fixed 1024, bfloat16", inference(1024)),
             entry("ways", "neobert-250m, ragged", inference(512) | {"flex_attention_absent": "no"}),
             entry("curve_length", "bert-base, bfloat16", {"points": points}),
+            entry("curve_batch", "bert-base, bfloat16", {"points": batches}),
+            entry("inference", "bert-base, fixed 512, bfloat16", inference(512)),
             entry("latency", "neobert-250m, 16 tokens", latency | {"ratio": 1.0}),
             entry("training", "neobert-250m, fixed 1024", training),
             entry("import", "after torch", {"added_s": 0.001}),
@@ -92,7 +102,7 @@ def test_a_report_shows_every_kind_of_result(tmp_path: Path) -> None:
     everything(tmp_path)
     written = report_page.write(tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| forward, 64 x 768 | 1 ms* | 1 |  | 50% | 2.00 x (1.64 to 2.44)~ |" in text
+    assert "| forward, 64 x 768 | 1 ms* | 1 | 50% | 2.00 x (1.64 to 2.44)~ |" in text
     assert "Absent: liger (liger-kernel is not installed)." in text
     assert "1,000 | 2,000 | 2.00 x (1.90 to 2.10) | 50%" in text
     assert "Out of memory: neobert-250m, fixed 512, bfloat16, sdpa, 32,768 tokens." in text
@@ -101,6 +111,30 @@ def test_a_report_shows_every_kind_of_result(tmp_path: Path) -> None:
     assert "Against the data sheet of H200 SXM" in text
     assert "not measured" in text  # the curve has no SDPA
     assert all(path.stat().st_size for path in written)
+
+
+def test_what_is_not_whole_says_so(tmp_path: Path) -> None:
+    without = {"sdpa_out_of_memory": "no room", "patched_tokens_per_s": 100.0}
+    results = [
+        entry("inference", "bert-base, fixed 512", unfinished()),
+        entry("training", "bert-base, fixed 512", without),
+    ]
+    file(tmp_path, "one.json", results)
+    found = {s.title: s for s in report_page.tables(report_data.groups(tmp_path)[0])}
+    assert found["Inference"].rows[0][-1] == "- / 4,096"
+    assert found["Inference"].notes[:2] == [
+        "Out of memory: bert-base, fixed 512, sdpa, 4,096 tokens.",
+        "Cut short by the deadline: bert-base, fixed 512.",
+    ]
+    assert found["Training step"].notes[0] == "Out of memory: bert-base, fixed 512, sdpa."
+
+
+def test_a_wide_spread_is_flagged_whatever_the_result_says_of_itself(tmp_path: Path) -> None:
+    values = times(ours=1e-3, eager=2e-3) | {"ours_low_s": 0.85e-3}
+    file(tmp_path, "one.json", [entry("op", "x", values)])
+    (table,) = report_page.tables(report_data.groups(tmp_path)[0])
+    assert table.header == ["case", "ours", "eager / ours"]  # no column without a number
+    assert table.rows[0][1:] == ["1 ms~", "2.00 x (1.64 to 2.59)"]
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
@@ -124,7 +158,8 @@ def test_every_plot_is_drawn(tmp_path: Path) -> None:
     )
     paths = report_page.write(tmp_path, tmp_path / "out")
     plots = {path.stem.removeprefix("nvidia-h200-") for path in paths if path.suffix == ".png"}
-    assert plots == {"throughput", "memory", "roofline", "speed-up", "history"}
+    wanted = {"throughput", "memory", "models", "batch", "roofline", "speed-up", "history"}
+    assert plots == wanted
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths if p.suffix == ".png")
 
 
@@ -153,6 +188,54 @@ def test_the_newest_result_of_a_case_is_shown(tmp_path: Path) -> None:
     assert shown.values["ours_median_s"] == 1e-3
 
 
+def test_curves_are_read_along_their_own_axis(tmp_path: Path) -> None:
+    points = [point("patched", n, 100.0 * n, documents=2) for n in (64, 128)]
+    batches = [point("patched", 32, 100.0 * n, documents=n) for n in (4, 2)]
+    results = [
+        entry("curve_length", "bert-base, float32", {"points": points}),
+        entry("curve_batch", "bert-base, float32", {"points": batches}),
+        entry("curve_batch", "cut, float32", {"points": []}),
+    ]
+    file(tmp_path, "one.json", results)
+    (group,) = report_data.groups(tmp_path)
+    assert report_data.length_series(group, "tokens_per_s") == {
+        "bert-base, 256 tokens at once": {
+            "patched": [(64, 6400.0), (128, 12800.0)],
+            "limit": [(64, 4000.0), (128, 4000.0)],
+        }
+    }
+    assert report_data.batch_series(group, "peak_bytes") == {
+        "bert-base, documents of 32 tokens": {"patched": [(2, 10**9), (4, 10**9)]}
+    }
+
+
+def test_memory_is_compared_at_equal_batches(tmp_path: Path) -> None:
+    points = [point("patched", n, 2000.0) for n in (64, 128)]
+    results = [entry("inference", f"bert-base, fixed {n}, x", inference(n)) for n in (512, 1024)]
+    results.append(entry("curve_length", "bert-base, x", {"points": points}))
+    file(tmp_path, "one.json", results)
+    (group,) = report_data.groups(tmp_path)
+    (title,) = report_data.length_series(group, "tokens_per_s")
+    assert title == "bert-base, best batch"
+    (title,) = report_data.length_series(group, "peak_bytes")
+    assert title == "bert-base, 1,024 tokens at once"
+
+
+@pytest.mark.parametrize(
+    ("ours", "eager", "color"),
+    [(1.0, 2.0, "#1f77b4"), (2.0, 1.0, "#d62728"), (1.0, 1.05, "#999999")],
+)
+def test_a_bar_takes_sides_only_beyond_the_spread(
+    tmp_path: Path, ours: float, eager: float, color: str
+) -> None:
+    import report_plots
+
+    file(tmp_path, "a.json", [entry("rope", "x", times(ours=ours, eager=eager))])
+    ((label, _, low, high),) = report_plots.comparisons(report_data.groups(tmp_path)[0])
+    assert label == "rope: x / eager"
+    assert report_plots._verdict(low, high) == color
+
+
 def test_no_bar_is_left_out(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     import report_plots
@@ -175,3 +258,7 @@ def test_bad_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "broken.json").write_text("{")
     assert main(["bench", "--report", str(tmp_path)]) == 2
     assert "broken.json: expected JSON, got" in capsys.readouterr().err
+    part = {"machine": CPU, "versions": VERSIONS, "date": "2026-01-01", "results": [{"name": "x"}]}
+    (tmp_path / "broken.json").write_text(json.dumps(part))
+    assert main(["bench", "--report", str(tmp_path)]) == 2
+    assert "broken.json: expected a whole results file, got a part" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """How benchmarks take time: a filled queue on a GPU, flags for what is not to be trusted."""
 
 import json
+import subprocess
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +123,64 @@ def test_a_killed_run_keeps_what_it_measured(tmp_path: Path) -> None:
     assert evidence.Journal(tmp_path).done == set()
 
 
+def test_a_run_goes_on_the_day_after(tmp_path: Path) -> None:
+    journal = evidence.Journal(tmp_path)
+    journal.add(result("a"))
+    journal.path.rename(journal.path.with_name("2000-01-01.json"))
+    assert evidence.Journal(tmp_path, resume=True).done == {"a"}
+
+
+def test_what_a_deadline_cut_short_is_measured_again(tmp_path: Path) -> None:
+    journal = evidence.Journal(tmp_path)
+    journal.add(result("a", values={"cut_short": True}))
+    assert evidence.Journal(tmp_path, resume=True).done == set()
+    journal.add(result("a"))
+    assert evidence.Journal(tmp_path, resume=True).done == {"a"}
+
+
+def test_a_result_takes_the_place_of_one_of_its_own_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for commit, seconds in (("a", 1), ("b", 2), ("b", 3)):
+        monkeypatch.setattr(evidence, "commit", lambda value=commit: value)
+        journal = evidence.Journal(tmp_path)
+        journal.add(result("x", values={"ours_median_s": seconds}))
+    found = json.loads(journal.path.read_text())["results"]
+    assert [(r["commit"], r["values"]["ours_median_s"]) for r in found] == [("a", 1), ("b", 3)]
+    assert all(r["at"].startswith(journal.date) and r["command"] for r in found)
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    first, second = evidence.Journal(tmp_path), evidence.Journal(tmp_path)
+    first.hold()
+    with pytest.raises(ValueError, match=r"one run at a time in .*, got a second one"):
+        second.hold()
+    first.release()
+    second.hold()
+    second.release()
+
+
+@pytest.mark.parametrize("text", ['{"results": ', "[]", '{"results": 3}', "\xff"], ids=str)
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    path = evidence.Journal(tmp_path).path
+    path.parent.mkdir()
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"{path.name}: expected (JSON|a results file), got"):
+        evidence.Journal(tmp_path)
+
+
+def test_what_was_not_reached_stays_listed_until_it_is(tmp_path: Path) -> None:
+    first = evidence.Journal(tmp_path)
+    for name in ("a", "b", "a"):
+        first.reached(name, False)
+    first.write()
+    second = evidence.Journal(tmp_path)
+    assert second.not_reached == ["b", "a"]
+    second.reached("b")
+    second.write()
+    assert json.loads(second.path.read_text())["not_reached"] == ["a"]
+
+
 def test_other_code_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evidence.Journal(tmp_path).add(result("a"))
     monkeypatch.setattr(evidence, "source", lambda: "other")
@@ -148,6 +207,24 @@ def test_quick_runs_have_files_of_their_own(tmp_path: Path) -> None:
     document = json.loads(quick.path.read_text())
     assert document["quick"]
     assert [r["name"] for r in document["results"]] == ["b"]
+
+
+def test_results_alone_leave_the_tree_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on in the committed folder is of the same commit as its beginning."""
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    results, code = tmp_path / "benchmarks" / "results" / "x.json", tmp_path / "a.py"
+    results.parent.mkdir(parents=True)
+    for path in (results, code):
+        path.write_text("1")
+    git = ("git", "-c", "user.name=n", "-c", "user.email=e", "-c", "core.hooksPath=/dev/null")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "x")):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    results.write_text("2")
+    assert evidence.clean()
+    code.write_text("2")
+    assert not evidence.clean()
 
 
 def test_the_digest_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
