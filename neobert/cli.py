@@ -114,7 +114,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return "", EXIT_FAILED
         return f"{package}: expected it to be installed, got {text}; neobert doctor", EXIT_FAILED
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        return f"out of memory; a smaller --max-tokens needs less ({text})", EXIT_FAILED
+        hint = "a smaller --max-tokens or batch.tokens needs less"
+        return f"out of memory; {hint} ({text})", EXIT_FAILED
     if isinstance(error, OutputError):
         return text, EXIT_FAILED
     if isinstance(error, OSError) and error.filename is not None and error.strerror:

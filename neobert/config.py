@@ -11,10 +11,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from neobert_kernels import _check
 
 FEED_FORWARD_MULTIPLE = 8
-_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_length")
+_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "max_length")
 _RANGES = ("embedding_init_range", "decoder_init_range", "classifier_init_range")
 _LEAST: tuple[tuple[tuple[str, ...], Any, int], ...] = (
     (_SIZES, int, 1),
+    (("intermediate_size",), int, 2),
     (("num_hidden_layers",), int, 0),
     (("norm_eps", "rope_theta", "classifier_dropout", *_RANGES), (int, float), 0),
 )

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from neobert.files import sync_folder, write_all, write_atomically
+from neobert.outputs import OutputError
 from neobert.pretraining.rules import error
 
 NAME = "log.jsonl"
@@ -43,9 +44,17 @@ class Log:
             sync_folder(folder)
 
     def write(self, *, step: int, kind: str = "train", **values: Any) -> None:
-        """Append one record; a number that is not finite becomes null, as JSON has no such."""
+        """Append one record; a number that is not finite becomes null, as JSON has no such.
+
+        Raises:
+            OutputError: The disk is full or fails.
+        """
         record = {"kind": kind, "step": step, **values, "time": time.time()}
-        write_all(self._file, memoryview(_line(record)))
+        try:
+            write_all(self._file, memoryview(_line(record)))
+        except OSError as problem:
+            why = f"{problem.strerror}; make room and go on with --resume"
+            raise OutputError(f"{self.path}: {why}") from problem
 
     def truncate(self, step: int) -> None:
         """Drop the records of later steps, which a resumed run makes again."""

@@ -26,7 +26,7 @@ from neobert.loading import load_tokenizer, tokenizer_folder
 from neobert.outputs import OutputError
 from neobert.pretraining.recipe import Data
 from neobert.pretraining.rules import error
-from neobert.pretraining.sources import DatasetSource, open_documents, pieces, texts
+from neobert.pretraining.sources import DatasetSource, chosen, open_documents, pieces, texts
 from neobert.pretraining.store import (
     HISTOGRAM,
     INDEX,
@@ -110,7 +110,7 @@ def prepare(data: Data, *, restart: bool = False, quiet: bool = False) -> Store:
         KeyboardInterrupt: With a message that says what is kept.
     """
     folder = Path(data.store)
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = _partial(folder)
     if folder.exists() and not folder.is_dir():
         raise error("data.store", "a folder", f"the file {folder}")
     source = open_documents(data, exclude=(folder, partial))
@@ -136,17 +136,45 @@ def prepare(data: Data, *, restart: bool = False, quiet: bool = False) -> Store:
     return Store.open(folder)
 
 
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.partial")
+
+
 def _job(data: Data, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
     """All that decides the bytes of the store."""
     return {
         **source.identity(),
-        "column": data.column,
-        "whole_files": data.whole_files,
-        "errors": data.errors,
-        "documents": data.documents,
+        **chosen(data),
         "shard_tokens": data.shard_tokens,
         "tokenizer": tokenizer.digest,
     }
+
+
+def require_chosen(store: Store, data: Data) -> str | None:
+    """Refuse a store that was made from other documents than a recipe now names.
+
+    The texts may be gone, or others may have come: what was tokenised counts.
+
+    Returns:
+        A note, where the recipe's texts are no longer those of the store.
+
+    Raises:
+        InputError: Naming the settings that differ.
+    """
+    job, way_out = store.index["job"], f"remove {store.folder} or name another store"
+    _require_same(job, chosen(data), way_out)
+    if data.path is None or not Path(data.path).exists():
+        return None
+    folder = store.folder
+    try:
+        found = open_documents(data, exclude=(folder, _partial(folder))).identity()
+    except (InputError, OSError) as problem:
+        return f"{one_line(problem)}; {folder} is used as it is"
+    sizes = {key: found[key] for key in ("input files", "input bytes")}
+    if not (changed := files.differences(job, sizes)):
+        return None
+    _require_same(job, {"input": found["input"]}, way_out)
+    return f"{data.path} changed since {folder} was made: {'; '.join(changed)} ({way_out})"
 
 
 def _require_same(before: dict[str, Any], job: dict[str, Any], way_out: str) -> None:
@@ -215,7 +243,8 @@ class _Writer:
             _require_same(self.state.job, job, "--restart discards what is done")
             self.committed_rows = self.state.rows
             if not self.finished:
-                self._open()
+                with _writing(folder):
+                    self._open()
         except BaseException:
             self.close()
             raise

@@ -296,7 +296,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _sections(path: Path, over: tuple[Path, ...] = ()) -> dict[Any, Any]:
     """A file's sections, over those of the file that it extends, key by key."""
-    content = _yaml(path.read_text("utf-8"), str(path))
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise error(str(path), "YAML", "bytes that are not UTF-8") from None
+    content = _yaml(text, str(path))
     if not isinstance(content, dict):
         raise error(str(path), "sections with keys (a mapping)", type(content).__name__)
     base = content.pop("extends", None)
@@ -386,8 +390,21 @@ def _set(content: dict[Any, Any], name: str, value: object) -> None:
     content[last] = value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win, and the first one's settings vanish."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value!r} twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _yaml(text: str, name: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as problem:
         raise error(name, "YAML", one_line(problem)) from None

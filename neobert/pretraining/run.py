@@ -25,6 +25,7 @@ from neobert.pretraining import log, start, state
 from neobert.pretraining.batches import steps
 from neobert.pretraining.checkpoint import OPTIMIZER, Saved, read, writing
 from neobert.pretraining.evaluation import Scores
+from neobert.pretraining.prepare import require_chosen
 from neobert.pretraining.ranks import Ranks, open_ranks
 from neobert.pretraining.recipe import Recipe
 from neobert.pretraining.rules import error
@@ -34,6 +35,7 @@ from neobert.pretraining.trainer import Trainer, checkpoints_of
 from neobert.pretraining.watch import Watch, open_trackers
 from neobert.readers import InputError
 
+RECIPE = "recipe.yaml"
 PATIENCE_SECONDS = 15.0  # torch's workers look for their parent every five
 
 
@@ -71,7 +73,8 @@ def train(
         signals = stack.enter_context(Signals())
         store = Store.open(recipe.data.store)
         tokenizer = start.store_tokenizer(recipe, store)
-        notes: list[str] = []
+        changed = require_chosen(store, recipe.data) if ranks.main else None
+        notes = [] if changed is None else [changed]
         saved = None
         if ranks.main:
             stack.enter_context(_locked(Path(recipe.train.run), resume))
@@ -172,10 +175,12 @@ def _watching(recipe: Recipe, saved: Saved | None, quiet: bool) -> Iterator[Watc
     checkpoints.clean()
     checkpoints.drop_after(done)
     text = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
-    files.write_atomically(run / "recipe.yaml", text)
-    trackers = open_trackers(recipe.log.trackers, run, start.settings(recipe))
+    with writing(run / RECIPE, checkpoints):
+        files.write_atomically(run / RECIPE, text)
+    trackers = open_trackers(recipe.log.trackers, run, start.all_settings(recipe))
     with log.Log(run) as records:
-        records.truncate(done)
+        with writing(records.path, checkpoints):
+            records.truncate(done)
         watch = Watch(records, recipe.schedule.steps, trackers, quiet)
         try:
             yield watch
@@ -194,6 +199,7 @@ def _publish(
     with writing(final, checkpoints_of(recipe)), quiet_loading():
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial, state_dict=tensors)
+        start.frame_texts(tokenizer)
         tokenizer.model_max_length = model.config.max_length
         tokenizer.save_pretrained(partial)
         for path in partial.iterdir():

@@ -35,6 +35,15 @@ def open_documents(data: Data, exclude: Collection[Path] = ()) -> Source:
         raise InputError(_in_recipe_words(problem)) from None
 
 
+def chosen(data: Data) -> dict[str, Any]:
+    """The settings that decide which documents a source gives, whatever is in it."""
+    names = ("column", "whole_files", "errors", "documents")
+    found = {"dataset": data.dataset, **{name: getattr(data, name) for name in names}}
+    if data.dataset is not None:
+        found |= {"subset": data.subset or "", "split": data.split, "revision": data.revision or ""}
+    return found
+
+
 def texts(source: Source, skip: int, most: int | None) -> Iterator[str]:
     """The texts after the first ``skip`` ones, up to text number ``most``."""
     rows = source.rows(skip)
@@ -59,6 +68,7 @@ def pieces(text: str, most: int = MAX_CHARACTERS) -> Iterator[str]:
 def _in_recipe_words(problem: InputError) -> str:
     """Errors of `neobert.inputs` with the recipe's keys in place of options of the command."""
     text = str(problem).replace("--errors replace", "data.errors=replace")
+    text = text.removesuffix(" (lines of any file can be piped into --input -)")
     return f"data.path{text.removeprefix('input')}" if text.startswith("input:") else text
 
 

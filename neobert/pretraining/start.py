@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from neobert import files, loading
 from neobert.config import NeoBERTConfig
@@ -33,12 +34,20 @@ _FREE = {"train.run", *(f"model.{name}" for name in _SHAPE)}
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What a resumed run is compared by, beside its shape and its data, by dotted name."""
-    values = {
-        f"{name}.{key}": value
-        for name in _COMPARED
-        for key, value in dataclasses.asdict(getattr(recipe, name)).items()
+    return {
+        name: value
+        for name, value in all_settings(recipe).items()
+        if name.partition(".")[0] in _COMPARED and name not in _FREE
     }
-    return {name: value for name, value in values.items() if name not in _FREE}
+
+
+def all_settings(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    return {
+        f"{name}.{key}": value
+        for name, section in dataclasses.asdict(recipe).items()
+        for key, value in section.items()
+    }
 
 
 def require_same(before: Mapping[str, Any], recipe: Recipe, allow_change: bool) -> list[str]:
@@ -132,6 +141,18 @@ def store_tokenizer(recipe: Recipe, store: Store) -> Any:
         got = f"another one in {recipe.data.tokenizer}"
         raise error("data.tokenizer", f"the tokenizer of {store.folder}", got)
     return tokenizer.fast
+
+
+def frame_texts(tokenizer: Any) -> None:
+    """Let a tokenizer that does not yet do so put [CLS] and [SEP] around texts, as batches do."""
+    cls, sep = tokenizer.cls_token, tokenizer.sep_token
+    ids = [tokenizer.cls_token_id, tokenizer.sep_token_id]
+    if tokenizer("")["input_ids"] != ids:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[cls, "$A", sep],
+            pair=[cls, "$A", sep, "$B", sep],
+            special_tokens=[(cls, ids[0]), (sep, ids[1])],
+        )
 
 
 def require_tokenizer(folder: Path, tokenizer: Any) -> None:

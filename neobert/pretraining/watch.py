@@ -1,13 +1,16 @@
 """What a run tells: its log, a line on stderr, and experiment trackers through accelerate."""
 
+import secrets
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from neobert.files import write_atomically
 from neobert.pretraining.log import Log
 from neobert.pretraining.rules import error
+from neobert.readers import one_line
 
 SECONDS_BETWEEN_LINES = 15.0  # where nobody watches a terminal
 
@@ -93,10 +96,10 @@ def _left(seconds: float | None) -> str:
 
 
 def open_trackers(names: tuple[str, ...], run: Path, settings: Mapping[str, Any]) -> list[Any]:
-    """accelerate's trackers by name, begun.
+    """accelerate's trackers by name, begun; what they write is in ``run/trackers``.
 
     Raises:
-        InputError: accelerate or the tracker's own package is not installed.
+        InputError: accelerate or the tracker's own package is not installed, or it does not begin.
     """
     if not names:
         return []
@@ -105,17 +108,36 @@ def open_trackers(names: tuple[str, ...], run: Path, settings: Mapping[str, Any]
     except ImportError:
         got = "no accelerate (pip install 'neobert-kernels[train]')"
         raise error("log.trackers", "installed trackers", got) from None
-    PartialState()  # what trackers ask whether they are on rank 0
-    found = []
     for name in names:
         if not getattr(utils, f"is_{name}_available")():
             raise error("log.trackers", f"the package {name} to be installed", "none")
-        kind = tracking.LOGGER_TYPE_TO_CLASS[name]
-        place = {"logging_dir": str(run / "trackers")} if kind.requires_logging_directory else {}
-        tracker = kind(run.name, **place)
-        if hasattr(tracker, "start"):  # older ones begin by themselves
-            tracker.start()
-        known = {key: value for key, value in settings.items() if value is not None}
-        tracker.store_init_configuration(known)
+    PartialState()  # what trackers ask whether they are on rank 0
+    # TensorBoard takes no lists and no tables.
+    known = {
+        key: value if isinstance(value, int | float | str) else str(value)
+        for key, value in settings.items()
+        if value is not None
+    }
+    folder = run / "trackers"
+    found = []
+    for name in names:
+        folder.mkdir(exist_ok=True)
+        try:
+            tracker = tracking.LOGGER_TYPE_TO_CLASS[name](run.name, **_place(name, folder))
+            if hasattr(tracker, "start"):  # older ones begin by themselves
+                tracker.start()
+            tracker.store_init_configuration(known)
+        except Exception as problem:  # a log-in that is missing, a service out of reach
+            raise error("log.trackers", f"{name} to begin", one_line(problem)) from problem
         found.append(tracker)
     return found
+
+
+def _place(name: str, folder: Path) -> dict[str, Any]:
+    """Where a tracker writes. A resumed run goes on with W&B's run of before, by its id."""
+    if name == "tensorboard":
+        return {"logging_dir": str(folder)}
+    known = folder / "wandb-id"
+    if not known.exists():
+        write_atomically(known, secrets.token_hex(4))
+    return {"dir": str(folder), "id": known.read_text(), "resume": "allow"}

@@ -87,7 +87,11 @@ def raising(error: BaseException) -> Any:
         (ValueError("x: expected y"), 2, "error: x: expected y"),
         (FileNotFoundError(2, "No such file", "a.txt"), 2, "error: a.txt: No such file"),
         (OutputError("disk full"), 1, "error: disk full"),
-        (MemoryError(), 1, "error: out of memory; a smaller --max-tokens needs less ()"),
+        (
+            MemoryError(),
+            1,
+            "error: out of memory; a smaller --max-tokens or batch.tokens",
+        ),
         (RuntimeError("CUDA out of memory. Tried"), 1, "error: out of memory; a smaller"),
         (
             ModuleNotFoundError("No module named 'x.y'", name="x.y"),

@@ -193,6 +193,7 @@ def test_feed_forward_width_is_two_thirds_up_to_a_multiple_of_8(nominal: int, re
         ({"hidden_size": 36, "dim_head": 3}, "dim_head: expected an even size, got 3"),
         ({"vocab_size": 0}, "vocab_size: expected an integer of at least 1, got 0"),
         ({"hidden_size": "768"}, "hidden_size: expected an integer of at least 1, got '768'"),
+        ({"intermediate_size": 1}, "intermediate_size: expected an integer of at least 2, got 1"),
         ({"norm_eps": -1.0}, r"norm_eps: expected a number of at least 0, got -1\.0"),
         ({"pad_token_id": 30522}, "pad_token_id: expected 0 to 30521, got 30522"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings: expected False"),

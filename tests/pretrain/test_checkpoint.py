@@ -13,7 +13,7 @@ import training_runs as runs
 
 from neobert import files
 from neobert.outputs import OutputError
-from neobert.pretraining import checkpoint
+from neobert.pretraining import checkpoint, log
 from neobert.pretraining.checkpoint import Checkpoints, Content, read
 from neobert.pretraining.run import train
 from neobert.readers import InputError
@@ -74,6 +74,19 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(small: Any) -> None:
             train(recipe, resume=True, quiet=True)
     train(recipe, resume=True, quiet=True)
     assert runs.records(recipe.train.run) == runs.records(small("whole").train.run)
+
+
+def test_a_full_disk_under_the_log_is_told_with_its_name(small: Any) -> None:
+    recipe = small(checkpoint={"every": 100}, log={"every": 1, "evaluate": 0})
+    # The recipe fits, and so do the first records.
+    for size, name in ((100, "recipe.yaml"), (2200, "log.jsonl")):
+        message = f"run/{name}: File too large; make room and go on with --resume"
+        with files_of_at_most(size), pytest.raises(OutputError, match=message):
+            train(recipe, resume=True, quiet=True)
+    assert log.read(recipe.train.run)[-1]["kind"] == "train"
+    train(recipe, resume=True, quiet=True)
+    steps = [record["step"] for record in runs.records(recipe.train.run, "train")]
+    assert steps == list(range(1, 13))
 
 
 def test_a_background_write_is_not_waited_for(

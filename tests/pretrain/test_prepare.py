@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from neobert.cli import main
 from neobert.files import write_all
 from neobert.outputs import OutputError
 from neobert.pretraining import prepare as module
-from neobert.pretraining.prepare import prepare
+from neobert.pretraining.prepare import prepare, require_chosen
 from neobert.pretraining.recipe import Data
 from neobert.pretraining.sources import pieces
 from neobert.pretraining.store import Store, sha256
@@ -157,6 +158,18 @@ def test_a_full_disk_keeps_what_is_done(data: Make, monkeypatch: pytest.MonkeyPa
     assert files_of(prepare(made, quiet=True).folder) == expected
 
 
+def test_a_disk_that_is_full_from_the_start_is_named(
+    data: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Any, content: memoryview) -> None:
+        raise OSError(28, "No space left on device")
+
+    made = data(["w1"])
+    monkeypatch.setattr(module.files, "write_all", full)
+    with pytest.raises(OutputError, match=r"store\.partial: No space left on device; make room"):
+        prepare(made, quiet=True)
+
+
 def test_a_huge_text_becomes_several_documents_and_loses_nothing() -> None:
     text = " ".join(f"w{i % 95}" for i in range(500))
     parts = list(pieces(text, 100))
@@ -175,6 +188,44 @@ def test_ten_megabytes_in_one_document(data: Make) -> None:
 
     batch = next(steps(store, recipe(store, bins=1))).micro_batches[0]
     assert batch.max_seqlen <= 40
+
+
+OTHERS = [
+    ({"column": "body"}, "column was 'text', now 'body'"),
+    ({"documents": 2}, "documents was None, now 2"),
+    ({"whole_files": True}, "whole_files was False, now True"),
+    ({"path": None, "dataset": "a/b"}, "dataset was None, now 'a/b'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OTHERS)
+def test_a_store_of_other_documents_is_refused_without_reading_them(
+    change: dict[str, Any], message: str, data: Make
+) -> None:
+    made = data(["w1", "w2", "w3"])
+    store = prepare(made, quiet=True)
+    assert require_chosen(store, made) is None
+    with pytest.raises(InputError, match=rf"data\.store: expected .*{message}.* another store\)"):
+        require_chosen(store, replace(made, **change))
+
+
+def test_texts_may_be_gone_or_moved_but_not_be_others(data: Make, tmp_path: Path) -> None:
+    made = data(["w1", "w2"])
+    store = prepare(made, quiet=True)
+    path = tmp_path / "in.jsonl"
+    moved = replace(made, path=str(path.rename(tmp_path / "moved.jsonl")))
+    assert require_chosen(store, made) is None
+    assert require_chosen(store, moved) is None
+    data(["w1", "w2", "w3"])
+    note = require_chosen(store, made)
+    assert note is not None
+    assert re.search(r"in\.jsonl changed since .*store was made: input bytes was 30, now 45 ", note)
+    (tmp_path / "other.jsonl").write_text('{"text": "w9"}\n')
+    with pytest.raises(InputError, match=r"data\.store: .*got input was '.*', now '.*other"):
+        require_chosen(store, replace(made, path=str(tmp_path / "other.jsonl")))
+    note = require_chosen(store, replace(made, path=str(store.folder)))
+    assert note is not None
+    assert note.startswith("data.path: expected .txt, .jsonl, .parquet files")
 
 
 def damage(kind: str, path: Path) -> None:
@@ -219,6 +270,7 @@ def test_no_store_says_how_to_make_one(tmp_path: Path) -> None:
         ([], {}, "data: expected at least one document with tokens, got none in"),
         (["", " "], {}, "data: expected at least one document with tokens, got 2 empty texts"),
         (["w1"], {"column": "body"}, "expected a field 'body', got fields 'text'"),
+        (["w1"], {"path": __file__}, r"data\.path: expected a name ending in .*, got [^(]*\.py$"),
         (["w1"], {"path": "gone.txt"}, r"data\.path: expected an existing file or folder"),
         (["w1"], {"tokenizer": "./gone"}, "tokenizer: expected a folder or a hub id, got nothing"),
     ],

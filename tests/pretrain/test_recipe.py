@@ -66,11 +66,19 @@ def test_bad_values_are_named(override: str, message: str, tmp_path: Path) -> No
         ("- 1", "expected sections with keys"),
         ("batch: {bins: 8}", "recipe: expected a section 'data', got none"),
         ("data: !!python/object:os.system {}", "expected YAML"),
+        (f"{GOOD}batch: {{seed: 1}}", "expected YAML, got the key 'batch' twice"),
+        ("data: {path: a, store: b, path: c}", "expected YAML, got the key 'path' twice"),
     ],
 )
 def test_bad_files_are_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         read(tmp_path, text=text)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"data: \xff")
+    with pytest.raises(InputError, match=r"recipe\.yaml: expected YAML, got bytes that are not"):
+        read_recipe(tmp_path / "recipe.yaml")
 
 
 def test_a_recipe_sets_what_it_changes_of_another(tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from neobert.cli import main
 from neobert.encode import Encoder
+from neobert.pretraining.batches import view_of_step
 from neobert.pretraining.recipe import Recipe
 from neobert.pretraining.run import train
+from neobert.pretraining.start import frame_texts
 from neobert.pretraining.trainer import StoppedError, Trainer
 from neobert.readers import InputError
 
@@ -109,6 +111,17 @@ def test_sentence_transformers_and_encode_give_the_same_vectors(first: Path) -> 
     assert vectors.shape == (3, 32)
 
 
+def test_the_models_tokenizer_frames_texts_as_training_did(first: Path, tokenizer: Path) -> None:
+    assert AutoTokenizer.from_pretrained(tokenizer)("w1")["input_ids"] == [6]
+    published = AutoTokenizer.from_pretrained(first / "final")
+    assert published("w1")["input_ids"] == [2, 6, 3]
+    assert published("w1", "w2 w3")["input_ids"] == [2, 6, 3, 7, 8, 3]
+    again = AutoTokenizer.from_pretrained(first / "final")
+    before = again.backend_tokenizer.to_str()
+    frame_texts(again)
+    assert again.backend_tokenizer.to_str() == before
+
+
 def test_a_second_stage_begins_with_the_firsts_weights_and_says_so(
     first: Path, small: Small, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +172,28 @@ def test_a_second_stage_resumes_without_the_first(
     shutil.rmtree(tmp_path / "first")
     train(recipe, resume=True, quiet=True)
     assert runs.records(recipe.train.run)[-1]["step"] == 12
+
+
+def test_a_second_stage_of_several_views_goes_on_to_the_same_bits(
+    first: Path, small: Small, tmp_path: Path
+) -> None:
+    def stage(name: str) -> Recipe:
+        views = {"all": 0.2, ">=20": 0.4, ">=30": 0.4}
+        return small(name, model={"init_from": str(first)}, batch={"views": views, "bins": 2})
+
+    whole, recipe = stage("whole"), stage("run")
+    # Every view is drawn before, between and after the two kills.
+    for steps in (range(4), range(4, 8), range(8, 12)):
+        assert {view_of_step(recipe.batch, s) for s in steps} == recipe.batch.views.keys()
+    assert runs.finish(runs.start(runs.run, whole)) == 0
+    for step, resume in ((4, False), (8, True)):
+        process = runs.start(runs.signal_at, recipe, step, signal.SIGKILL, resume)
+        assert runs.finish(process) == -signal.SIGKILL
+    assert runs.finish(runs.start(runs.run, recipe, True)) == 0
+    resumed = [r for r in runs.records(recipe.train.run, "note") if "resumed" in r["text"]]
+    assert [note["step"] for note in resumed] in ([3, 6], [3, 3], [6])
+    assert runs.records(recipe.train.run) == runs.records(whole.train.run)
+    assert runs.weights(f"{recipe.train.run}/final") == runs.weights(f"{whole.train.run}/final")
 
 
 WRONG = [

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from neobert.pretraining import log, watch
 from neobert.pretraining.log import Log
@@ -112,6 +113,62 @@ def test_trackers_get_every_record(
     assert [step for step, _ in tracker.did[3:-1]] == [2, 4, 4]
     assert "train/loss" in tracker.did[3][1]
     assert "eval/unigram_accuracy" in tracker.did[5][1]
+
+
+def test_tensorboard_shows_the_log(small: Callable[..., Recipe]) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing import event_accumulator
+
+    recipe = small(schedule={"steps": 4}, log={"trackers": ("tensorboard",), "every": 1})
+    train(recipe, quiet=True)
+    run = Path(recipe.train.run)
+    events = event_accumulator.EventAccumulator(str(run / "trackers" / "run")).Reload()
+    shown = [(each.step, each.value) for each in events.Scalars("train/loss")]
+    told = [(r["step"], r["loss"]) for r in log.read(run) if r["kind"] == "train"]
+    assert [step for step, _ in shown] == [1, 2, 3, 4]
+    assert shown == [(step, pytest.approx(loss)) for step, loss in told]
+    assert "eval/accuracy" in events.Tags()["scalars"]
+    settings = yaml.safe_load(next(run.glob("trackers/run/*/hparams.yml")).read_text())
+    assert (settings["batch.tokens"], settings["batch.views"]) == (128, "{'all': 1.0}")
+
+
+def test_wandb_writes_into_the_run_and_goes_on_in_one_of_its_own(
+    small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate")
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids: list[Any] = []
+    real = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **k: ids.append(k["id"]) or real(**k))
+    recipe = small(schedule={"steps": 4}, log={"trackers": ("wandb",), "every": 1})
+    train(recipe, quiet=True)
+    run = Path(recipe.train.run)
+    assert len(list(run.glob("trackers/wandb/offline-run-*/*.wandb"))) == 1
+    train(recipe, resume=True, quiet=True)
+    assert len(ids) == 2
+    assert ids[0] == ids[1]
+
+
+def test_a_tracker_that_does_not_begin_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = pytest.importorskip("accelerate.tracking")
+
+    def fail(name: str, **place: Any) -> None:
+        assert place == {
+            "dir": str(tmp_path / "trackers"), "id": (tmp_path / "trackers/wandb-id").read_text(),
+            "resume": "allow",
+        }  # fmt: skip
+        raise RuntimeError("no API key\nconfigured")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", fail)
+    monkeypatch.setattr("accelerate.utils.is_wandb_available", lambda: True)
+    message = "log.trackers: expected wandb to begin, got no API key configured"
+    with pytest.raises(InputError, match=message):
+        open_trackers(("wandb",), tmp_path, {})
 
 
 def test_a_tracker_that_is_not_installed_is_named(
