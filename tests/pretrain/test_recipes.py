@@ -95,6 +95,13 @@ def test_an_ablation_changes_what_its_name_says(before: str, after: str, changed
     assert found == changed | {"run"}
 
 
+def test_m9_has_both_stages() -> None:
+    first, second = settings("ablations/m9.yaml"), settings("ablations/m9_stage2.yaml")
+    papers = settings("neobert/stage2.yaml")
+    own = {"train.run": "runs/ablations/m9_stage2", "model.init_from": first["train.run"]}
+    assert second == {**papers, **own}
+
+
 def test_the_documented_recipe_is_one(tmp_path: Path) -> None:
     docs = (RECIPES.parent / "docs" / "pretraining.md").read_text(encoding="utf-8")
     (text,) = re.findall(r"```yaml\n(.*?)```", docs, re.DOTALL)
