@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers.processors import TemplateProcessing
 
@@ -23,6 +24,7 @@ from neobert.pretraining.store import Store
 from neobert.readers import InputError, one_line
 
 CHECKPOINTS, FINAL = "checkpoints", "final"
+SHOWN_TOKENS = 32
 # The shape, which a checkpoint's tensors have; the rest of the model's settings are not compared.
 _SHAPE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -141,6 +143,13 @@ def store_tokenizer(recipe: Recipe, store: Store) -> Any:
         got = f"another one in {recipe.data.tokenizer}"
         raise error("data.tokenizer", f"the tokenizer of {store.folder}", got)
     return tokenizer.fast
+
+
+def beginnings(recipe: Recipe, store: Store, documents: np.ndarray) -> dict[int, str]:
+    """The first words of documents by their number, for whom a number tells nothing."""
+    ids, lengths = store.beginnings(documents, SHOWN_TOKENS)
+    texts = store_tokenizer(recipe, store).batch_decode(np.split(ids, np.cumsum(lengths)[:-1]))
+    return dict(zip(documents.tolist(), texts, strict=True))
 
 
 def frame_texts(tokenizer: Any) -> None:

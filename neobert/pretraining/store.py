@@ -115,6 +115,13 @@ class Store:
         ):
             out[place : place + count] = self._shards[shard][start : start + count]
 
+    def beginnings(self, documents: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Up to ``most`` tokens of each document, end to end, and how many each has; int64."""
+        lengths = np.minimum(self.lengths(documents), most)
+        ids = np.empty(int(lengths.sum()), np.int64)
+        self.read(documents, lengths, ids, np.cumsum(lengths) - lengths)
+        return ids, lengths
+
     def require_vocabulary(self, size: int) -> None:
         """Refuse a model with fewer embeddings than the tokenizer has tokens.
 

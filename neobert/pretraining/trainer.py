@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -239,12 +240,18 @@ class Trainer:
     def _diverge(self, step: int, reason: str) -> None:
         """Save what there is to look at, away from the checkpoints, and raise."""
         documents = self._ranks.gather([d.tolist() for d in self._metrics.documents[step]])
-        report = {"step": step, "reason": reason, "documents by rank and micro-batch": documents}
         content = self.content()
-        texts = {**content.texts, REPORT: json.dumps(report, indent=1) + "\n"}
-        content = dataclasses.replace(content, texts=texts)
         folder = Path(self._recipe.train.run) / "stopped"
         if self._watch is not None:
+            numbers = np.array(sorted({d for rank in documents for some in rank for d in some}))
+            report = {
+                "step": step,
+                "reason": reason,
+                "documents by rank and micro-batch": documents,
+                "beginnings": start.beginnings(self._recipe, self._store, numbers),
+            }
+            texts = {**content.texts, REPORT: json.dumps(report, indent=1) + "\n"}
+            content = dataclasses.replace(content, texts=texts)
             self._checkpoints.wait()
             Checkpoints(folder).save(content)
             kept = [path.name for path in self._checkpoints.all()][-1:]

@@ -8,6 +8,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import training_runs as runs
@@ -201,6 +202,11 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(
     batches = next(itertools.islice(steps(counting, recipe), bad - 1, None)).micro_batches
     assert report["step"] == bad
     assert report["documents by rank and micro-batch"] == [[b.documents.tolist() for b in batches]]
+    texts = runs.counting_texts()
+    numbers = np.unique(np.concatenate([batch.documents for batch in batches]))
+    shown = {str(d): " ".join(texts[d].split()[:32]) for d in numbers.tolist()}
+    assert report["beginnings"] == shown
+    assert any(len(texts[d].split()) > 32 for d in numbers.tolist())
     # The run can go on from a checkpoint all of whose weights are numbers.
     (newest,) = (folder / "checkpoints").iterdir()
     assert all(t.isfinite().all() for t in read(newest).tensors("model.safetensors").values())
