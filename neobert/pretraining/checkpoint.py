@@ -214,7 +214,10 @@ def writing(target: Path, checkpoints: Checkpoints) -> Iterator[None]:
     """Turn a failed write into one line that says what is kept; give the room back."""
     try:
         yield
-    except (OSError, SafetensorError) as problem:
+    except Exception as problem:
+        # What tokenizers raises has no type of its own.
+        if not isinstance(problem, OSError | SafetensorError) and "(os error " not in str(problem):
+            raise
         shutil.rmtree(target.with_name(f"{target.name}.partial"), ignore_errors=True)
         why = one_line(problem)
         # By its text: safetensors gives no number.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import training_runs as runs
+from transformers import AutoTokenizer
 
 from neobert import files
 from neobert.outputs import OutputError
@@ -87,6 +88,20 @@ def test_a_full_disk_under_the_log_is_told_with_its_name(small: Any) -> None:
     train(recipe, resume=True, quiet=True)
     steps = [record["step"] for record in runs.records(recipe.train.run, "train")]
     assert steps == list(range(1, 13))
+
+
+def test_a_full_disk_under_a_tokenizer_is_told(tmp_path: Path, tokenizer: Path) -> None:
+    fast = AutoTokenizer.from_pretrained(tokenizer)
+    message = "final: File too large; make room and go on with --resume from the start"
+    writing = checkpoint.writing(tmp_path / "final", Checkpoints(tmp_path))
+    with files_of_at_most(1000), pytest.raises(OutputError, match=message), writing:
+        fast.save_pretrained(tmp_path / "final.partial")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_ours_is_no_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), checkpoint.writing(tmp_path, Checkpoints(tmp_path)):
+        raise ZeroDivisionError
 
 
 def test_a_background_write_is_not_waited_for(
