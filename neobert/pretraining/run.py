@@ -159,8 +159,9 @@ def _begin(
         config = start.model_config(recipe, store, None)
         origin = f"new weights of seed {recipe.model.seed}"
     else:
+        base = start.config_in(folder)
         start.require_tokenizer(folder, tokenizer)
-        config = start.model_config(recipe, store, start.config_in(folder))
+        config = start.model_config(recipe, store, base)
         origin = f"weights from {folder}"
     model = start.new_model(recipe, config, folder)
     count = sum(p.numel() for p in model.parameters())

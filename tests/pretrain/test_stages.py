@@ -219,6 +219,7 @@ def test_weights_of_another_kind_are_refused(first: Path, small: Small, tmp_path
 
     shutil.copytree(first / "final", tmp_path / "bert")
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "bert" / "tokenizer.json").unlink()
     refused("bert", "expected a NeoBERT model, got bert in ")
     shutil.copytree(first / "final", tmp_path / "other")
     (tmp_path / "words").mkdir()
