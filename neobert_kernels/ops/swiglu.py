@@ -337,6 +337,18 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return _GatedPair.apply(gate, up, False)
 
 
+def silu_mul_over(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu_mul` of a ``gate`` that nobody needs any more: it may be overwritten.
+
+    A CPU then needs no memory for a second large tensor, which a graph would keep anyway.
+    """
+    kept = torch.is_grad_enabled() or gate.dtype is not torch.float32 or _runtime.use_kernel(gate)
+    if kept:
+        return silu_mul(gate, up)
+    _check_pair(gate, up)
+    return torch.ops.aten.silu_(gate).mul_(up)
+
+
 def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``gelu(gate) * up`` with the erf form of GELU: `geglu` of two projections.
 

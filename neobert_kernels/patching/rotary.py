@@ -10,11 +10,13 @@ from torch import Tensor
 
 import neobert_kernels as nk
 from neobert_kernels import _check
+from neobert_kernels.ops.swiglu import silu_mul_over
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import (
     Context,
     expect,
     heads_of,
+    is_watched,
     refuse_attention_dropout,
     rotated,
 )
@@ -68,4 +70,5 @@ def attend(attention: Any, x: Tensor, context: Context) -> Tensor:
 
 
 def feed_forward(mlp: Any, x: Tensor) -> Tensor:
-    return mlp.down_proj(nk.silu_mul(mlp.gate_proj(x), mlp.up_proj(x)))
+    multiply = nk.silu_mul if is_watched(mlp.gate_proj) else silu_mul_over
+    return mlp.down_proj(multiply(mlp.gate_proj(x), mlp.up_proj(x)))

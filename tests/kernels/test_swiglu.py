@@ -252,6 +252,20 @@ def test_each_tensor_has_strides_of_its_own(op, reference, packed, layout):
     assert_parity(mixed(op), mixed(reference), inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_over_the_gate_are_the_same_bits(recorded, dtype, device):
+    """Overwritten only where it saves something: on a CPU, in float32, without a graph."""
+    gate, up = torch.randn(2, 5, 24, device=device).to(dtype)
+    before = gate.clone()
+    with torch.set_grad_enabled(recorded):
+        y = module.silu_mul_over(gate, up)
+    assert torch.equal(y, nk.silu_mul(before, up))
+    kept = recorded or dtype is not torch.float32 or _runtime.use_kernel(gate)
+    assert torch.equal(gate, before) == kept
+    assert (y.data_ptr() == gate.data_ptr()) != kept
+
+
 @pairs
 def test_one_of_two_tensors_may_need_no_gradient(op, reference, packed):
     both = [half.requires_grad_() for half in torch.randn(2, 5, 96, device=DEVICE)]
