@@ -49,6 +49,7 @@ class Diagnosis:
     device: str = "cpu"
     checks: list[dict[str, Any]] = field(default_factory=list)
     attention_peers: dict[str, str] = field(default_factory=dict)  # why not; empty: it runs
+    cuda_extension: str = ""  # one line: whether it runs, and if not why
     advice: list[str] = field(default_factory=list)
     usable: bool = True
 
@@ -61,13 +62,30 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "far each is from float64 on this machine. Exit code 1 if a check fails.",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument(
+        "--build", action="store_true",
+        help="first compile the optional CUDA extension (needs nvcc, no GPU; about a minute)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.build and not _build():
+        return 1
     diagnosis = diagnose()
     print(json.dumps(asdict(diagnosis), indent=1) if args.json else as_text(diagnosis))
     return 0 if diagnosis.usable else 1
+
+
+def _build() -> bool:
+    from neobert_kernels import cuda  # here: torch may be missing everywhere else
+
+    try:
+        print(f"CUDA extension: built {cuda.build()}", file=sys.stderr)
+    except RuntimeError as error:
+        print(f"CUDA extension: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def diagnose() -> Diagnosis:
@@ -169,12 +187,14 @@ def _check_operators(found: Diagnosis) -> None:
     import torch
 
     from neobert.selfcheck import attention_peers, run_checks
+    from neobert_kernels import cuda
 
     on_gpu = found.device == "cuda"
     dtypes = (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,)
     checks = run_checks(found.device, dtypes)
     found.checks = [asdict(check) for check in checks]
     found.attention_peers = attention_peers(found.device)
+    found.cuda_extension = cuda.status()
     failed = [check for check in checks if not check.passed]
     if failed:
         found.usable = False
@@ -201,6 +221,8 @@ def as_text(found: Diagnosis) -> str:
     if found.attention_peers:
         lines += ["", "other attentions, for those who ask (docs/attention.md)"]
         lines += [f"{name}: {why or 'runs'}" for name, why in found.attention_peers.items()]
+    if found.cuda_extension:
+        lines += ["", f"CUDA extension (docs/cuda.md): {found.cuda_extension}"]
     lines += ["", *(found.advice or ["nothing to fix"])]
     lines += [f"usable: {'yes' if found.usable else 'no'}"]
     return "\n".join(lines)

@@ -89,9 +89,10 @@ def load_operators() -> dict[str, Operator]:
 
 
 def implementation(name: str, device: torch.device | str = "cpu") -> str:
-    """What runs for operator ``name``: "triton", "triton-interpreter" or "reference".
+    """What runs for operator ``name``: "triton", "cuda", "triton-interpreter" or "reference".
 
-    For attention it may be the name of a peer, where ``NEOBERT_ATTENTION`` asks for one.
+    "cuda" is the extension, where it is chosen (docs/cuda.md). For attention it may be the name of
+    a peer, where ``NEOBERT_ATTENTION`` asks for one.
     """
     if name not in OPERATORS and name not in load_operators():
         raise _check.error("name", f"an operator ({', '.join(sorted(OPERATORS))})", repr(name))
@@ -105,21 +106,66 @@ def implementation(name: str, device: torch.device | str = "cpu") -> str:
     except RuntimeError:
         raise _check.error("device", "a device of PyTorch, as cpu or cuda", repr(device)) from None
     if kind == "cuda":
-        return "triton"
+        return "cuda" if extension_runs(name) else "triton"
     return "triton-interpreter" if INTERPRET else "reference"
 
 
-def register(schema: str, launch: Callable, fake: Callable) -> Any:
+def register(schema: str, launch: Callable, fake: Callable, extension: bool = False) -> Any:
     """Define ``neobert::<schema>``, attach its launcher and shape function, return its handle.
 
-    The handle is not differentiable: call it from an ``autograd.Function``.
+    With ``extension`` the CUDA extension may take its place on GPUs. The handle is not
+    differentiable: call it from an ``autograd.Function``.
     """
     name = schema.partition("(")[0]
     torch.library.define(f"neobert::{name}", schema.removeprefix(name))
     torch.library.impl(f"neobert::{name}", "cpu", launch)
-    torch.library.impl(f"neobert::{name}", "cuda", _on_its_gpu(launch))
+    if extension:
+        # Behind the key "cuda", which the extension takes when it is loaded.
+        behind = _extension_first(name, _on_its_gpu(launch))
+        torch.library.impl(f"neobert::{name}", "CompositeExplicitAutograd", behind)
+        _EXTENDED[name] = (schema.removeprefix(name), launch)
+    else:
+        torch.library.impl(f"neobert::{name}", "cuda", _on_its_gpu(launch))
     torch.library.register_fake(f"neobert::{name}", fake)
     return getattr(torch.ops.neobert, name).default
+
+
+_EXTENDED: dict[str, tuple[str, Callable]] = {}
+
+
+def _extension_first(name: str, launch: Callable) -> Callable:
+    """``launch``, but for the first call on a GPU, which decides whether the extension runs."""
+
+    @functools.wraps(launch)
+    def call(*args: Any) -> Any:
+        if not _extension().decided():
+            _extension().chosen()
+            return getattr(torch.ops.neobert, name)(*args)
+        return launch(*args)
+
+    return call
+
+
+@functools.cache
+def _extension() -> Any:
+    return importlib.import_module("neobert_kernels.cuda")
+
+
+def extension_runs(operator: str) -> bool:
+    """Whether the CUDA extension runs public function ``operator`` on a GPU."""
+    return operator in _extension().chosen()
+
+
+def extended() -> dict[str, str]:
+    """Names and signatures of the schemas that the CUDA extension may implement."""
+    return {name: schema for name, (schema, _) in _EXTENDED.items()}
+
+
+def register_alternatives() -> None:
+    """Define ``<schema>_triton`` for each: where the extension sends what it does not take."""
+    for name, (schema, launch) in _EXTENDED.items():
+        torch.library.define(f"neobert::{name}_triton", schema)
+        torch.library.impl(f"neobert::{name}_triton", "cuda", _on_its_gpu(launch))
 
 
 def _on_its_gpu(launch: Callable) -> Callable:

@@ -81,6 +81,7 @@ _add_forward = _runtime.register(
     " -> (Tensor, Tensor)",
     _launch_add_forward,
     _fake_add_forward,
+    extension=True,
 )
 _backward = _runtime.register(
     "layer_norm_backward(Tensor dy, Tensor? dh, Tensor x, Tensor weight, Tensor? bias, float eps)"

@@ -332,6 +332,7 @@ _forward = _runtime.register(
     "pool(Tensor x, Tensor cu_seqlens, bool mean, bool normalize) -> (Tensor, Tensor, Tensor)",
     _launch,
     _fake,
+    extension=True,
 )
 _backward = _runtime.register(
     "pool_backward(Tensor dy, Tensor unit, Tensor norm, Tensor cu_seqlens, SymInt T, bool mean,"

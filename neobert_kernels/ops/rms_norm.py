@@ -74,6 +74,7 @@ _add_forward = _runtime.register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     _launch_add_forward,
     _fake_add_forward,
+    extension=True,
 )
 _backward = _runtime.register(
     "rms_norm_backward(Tensor dy, Tensor? dh, Tensor x, Tensor weight, float eps)"

@@ -287,11 +287,18 @@ def turn(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     """Rotated q and k in half-split order, whatever the order they come in; one launch."""
-    T, H, D = q.shape
-    both = q.new_empty((T, H + k.shape[1], D))
-    turned = both[:, :H], both[:, H:]
-    _run([(q, turned[0]), (k, turned[1])], cos, sin, interleaved, False, inverse=False)
-    return turned
+    if q.is_cuda and _runtime.extension_runs("rope"):
+        both = _pair(q, k, cos, sin, interleaved)
+    else:
+        both = _launch_pair(q, k, cos, sin, interleaved)
+    return both[:, : q.shape[1]], both[:, q.shape[1] :]
+
+
+def _launch_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    H = q.shape[1]
+    both = _fake_pair(q, k)
+    _run([(q, both[:, :H]), (k, both[:, H:])], cos, sin, interleaved, False, inverse=False)
+    return both
 
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
@@ -325,6 +332,10 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _fake_pair(q: Tensor, k: Tensor, *_: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1] + k.shape[1], q.shape[2]))
+
+
 def _fake_into(*_: Any) -> None:
     return None
 
@@ -339,11 +350,20 @@ _rotation = _runtime.register(
     "rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor",
     _launch,
     _fake,
+    extension=True,
 )
 _rotation_into = _runtime.register(
     "rope_into(Tensor x, Tensor cos, Tensor sin, bool interleaved, Tensor(a!) out) -> ()",
     _launch_into,
     _fake_into,
+    extension=True,
+)
+# Attention's, without a public function: one launch for heads of both, as `turn` needs them.
+_pair = _runtime.register(
+    "rope_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+    _launch_pair,
+    _fake_pair,
+    extension=True,
 )
 _table = _runtime.register(
     "rope_table(Tensor positions, int dim, float theta) -> (Tensor, Tensor)",

@@ -219,7 +219,10 @@ def _fake_pair_backward(dy: Tensor, gate: Tensor, up: Tensor, gelu: bool) -> tup
 
 
 _forward = _runtime.register(
-    "gated_unit(Tensor x, bool gelu) -> Tensor", _launch_forward, _fake_forward
+    "gated_unit(Tensor x, bool gelu) -> Tensor",
+    _launch_forward,
+    _fake_forward,
+    extension=True,
 )
 _backward = _runtime.register(
     "gated_unit_backward(Tensor dy, Tensor x, bool gelu) -> Tensor",
