@@ -2,6 +2,7 @@
 #
 #   make demo      set up .venv, embed real text unpatched and patched, compare   (TEXTS=300, TEXTS=all)
 #   make test      everything that needs no GPU: lint, tests, interpreter, builds for GPUs, oldest stack
+#   make cuda      compile the optional CUDA extension, report on its machine code
 #   make cpu-smoke pre-train a small NeoBERT on a CPU, both stages, in minutes      (RUN=folder)
 #   make gpu-test  every check that needs a GPU; then gpu-bench measures, gpu-tune proposes choices
 #                  (NOINSTALL=1 PYTHON=python3: with the machine's own packages; OUT=folder,
@@ -32,7 +33,7 @@ BIN    := $(VENV)/bin
 pytest  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install test lint format test-cpu support interpret aot compat demo cpu-smoke bench bench-quick \
+.PHONY: help venv install test lint format test-cpu support interpret aot cuda compat demo cpu-smoke bench bench-quick \
 	report gpu-test gpu-bench gpu-tune gpu-compare gpu-wheels clean
 
 help:
@@ -63,7 +64,7 @@ endef
 venv: $(VENV)/.demo
 install: $(VENV)/.dev
 
-test: lint test-cpu interpret aot compat
+test: lint test-cpu interpret aot cuda compat
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -86,6 +87,13 @@ interpret: $(VENV)/.dev
 aot: $(VENV)/.dev
 	$(call pytest,$(VENV)) tests/kernels -m aot
 	$(BIN)/neobert aot
+
+# The CUDA extension for sm_80, sm_90 and sm_100, and what its machine code is like. nvcc comes from
+# pip where the machine has none; without a C++ compiler there is nothing to compile with.
+cuda: $(VENV)/.dev
+	@if ! command -v c++ >/dev/null; then echo "cuda: no C++ compiler, not compiled"; else \
+		command -v nvcc >/dev/null || $(BIN)/python $(PIP) --editable '.[cuda]' || exit; \
+		XDG_CACHE_HOME=$(CURDIR)/build/cache $(BIN)/neobert aot --extension; fi
 
 # The oldest stack that pyproject.toml promises: kernels, their builds, the model and the patch.
 compat: $(COMPAT)/.dev

@@ -33,7 +33,9 @@ MODELS = {
     "encode": "tests/encode",
     "libraries": "tests/libraries",
 }
-REFUSED = re.compile(r"Device not supported|LibraryNotLoaded|does not support", re.IGNORECASE)
+REFUSED = re.compile(
+    r"Device not supported|LibraryNotLoaded|does not support|nvcc: expected", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ def stages(jobs: int, repeats: int, stand_in: bool) -> list[Stage]:
         Stage(
             "determinism",
             (*pytest, "tests/kernels/test_determinism.py", "--repeats", str(repeats), *often),
+        ),
+        # Before the sanitizers, which watch what it has built.
+        Stage(
+            "extension",
+            (python, "benchmarks/gpu_extension.py", *pytest[3:], *side_by_side, "-m", "not aot"),
+            needed=False,
         ),
         Stage("over 2^31 elements", (*pytest, *few, "-m", "not aot", "-k", "to_the_31")),
         *(

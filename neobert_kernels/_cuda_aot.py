@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from neobert_kernels import _check, _cuda_build, aot
+from neobert_kernels import _check, _cuda_build, aot, cuda
 
 _FUNCTION = re.compile(r"^\s*Function\s*:?\s*(\w+):?\s*$", re.MULTILINE)
 _NAME = re.compile(r"(\w+_kernel)(?:<(.*)>)?\(")
@@ -54,6 +54,22 @@ def reports(path: Path, sms: Iterable[int] | None = None) -> Iterator[aot.Report
                 shared_bytes=amount["SHARED"],
                 **aot._count(name for _, name in aot._INSTRUCTION.findall(listings[function])),
             )
+
+
+def built() -> Path:
+    """The extension of these sources, compiled now where it is not there.
+
+    Raises:
+        ValueError: Something to compile it with is missing, or it does not compile.
+    """
+    path = cuda.find()
+    about = None if path is None else _cuda_build.about(path)
+    if path is not None and about is not None and about[0] == _cuda_build.fingerprint():
+        return path
+    try:
+        return cuda.build()
+    except _cuda_build.BuildError as error:
+        raise ValueError(str(error)) from None
 
 
 def _by_function(text: str) -> dict[str, str]:

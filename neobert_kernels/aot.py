@@ -400,13 +400,24 @@ def add_parser(subparsers: Any) -> None:
         "--operator", action="append", metavar="NAME",
         help="operator, may be repeated (default: all that have kernels)",
     )  # fmt: skip
+    parser.add_argument(
+        "--extension", action="store_true",
+        help="report on the CUDA extension instead, built first where it is not (needs nvcc)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON array instead of a table")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the reports; 1 if any has a problem."""
-    rows = list(reports(args.sm or DEFAULT_SMS, args.operator, _show_progress))
+    if args.extension:
+        from neobert_kernels import _cuda_aot  # reads with the functions of this module
+
+        if args.operator:
+            raise _check.error("--operator", "none with --extension", args.operator)
+        rows = list(_cuda_aot.reports(_cuda_aot.built(), args.sm))
+    else:
+        rows = list(reports(args.sm or DEFAULT_SMS, args.operator, _show_progress))
     if sys.stderr.isatty():
         print(file=sys.stderr)
     broken = sum(bool(problems(row)) for row in rows)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import neobert_kernels as nk
-from neobert_kernels import _cuda_build, _runtime, cuda
+from neobert_kernels import _cuda_aot, _cuda_build, _runtime, aot, cuda
 
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
@@ -256,3 +256,46 @@ def test_an_older_nvcc_builds_what_it_knows(
     assert _cuda_build.generations(compiler, (80, 90, 100)) == [80, 90]
     with pytest.raises(RuntimeError, match=r"sm: expected .* that nvcc 12\.4 knows, got \[100\]"):
         _cuda_build.generations(compiler, [100])
+
+
+NAME = "_ZN7neobert12_GLOBAL__N_111part_kernelI{}EEvPKT_PKiPfill"
+USAGE = " Function {}:\n  REG:40 STACK:{} SHARED:9216 LOCAL:0 CONSTANT[0]:564\n"
+SASS = """		Function : {}
+        /*0010*/                   LDG.E.128 R8, desc[UR8][R18.64] ;    /* 0x0 */
+        /*0020*/              @!P0 LDG.E R12, desc[UR8][R12.64] ;       /* 0x0 */
+        /*0030*/                   STG.E.{} desc[UR8][R12.64], R8 ;    /* 0x0 */
+"""
+
+
+def test_the_machine_code_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two kernels one spills and one stores 8 bytes at a time."""
+    path = put(GOOD.encode())
+    clean, poor = (NAME.format(kind) for kind in ("NS_6BFloatE", "f"))
+
+    def listing(tool: str, what: str, _: str, sm: str, file: Path) -> str:
+        assert (tool, file) == ("cuobjdump", path)
+        assert sm in ("sm_80", "sm_90")
+        if what == "-res-usage":
+            return "arch = ...\n" + USAGE.format(clean, 0) + USAGE.format(poor, 8)
+        return (
+            SASS.format(clean, 128)
+            + SASS.format(poor, 64)
+            + SASS.format(poor, 64)[20 + len(poor) :]
+        )
+
+    monkeypatch.setattr(aot, "_run", listing)
+    found = list(_cuda_aot.reports(path))
+    assert [(r.kernel, r.case, r.sm) for r in found] == [
+        ("part_kernel", kind, sm) for sm in (80, 90) for kind in ("bf16", "fp32")
+    ]
+    assert aot.problems(found[0]) == []
+    assert (found[0].registers, found[0].shared_bytes, found[0].load_bytes) == (40, 9216, 16)
+    assert found[1].store_bytes == 8
+    assert aot.problems(found[1]) == ["spills 8 bytes, 0 local-memory instructions"]
+    many = found[1].__class__(**{**vars(found[1]), "narrow_stores": 9})
+    assert aot.problems(many)[-1] == "9 of 9 global stores under 16 bytes"
+    with pytest.raises(ValueError, match="sm: expected one of 80, 90, got 100"):
+        list(_cuda_aot.reports(path, [100]))
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"extension: expected a build of csrc/, got"):
+        list(_cuda_aot.reports(path))
