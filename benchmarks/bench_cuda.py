@@ -1,8 +1,8 @@
 """The CUDA extension against the Triton kernels behind it: host and device time of a forward.
 
 Both are called at the operator, under one dispatcher and without a gradient, so the rest of a call
-is the same. Where no GPU is, what remains of the extension is timed: its host code, on no rows and so
-without a launch, beside an operator in Python that only allocates the same results.
+is the same. Where no GPU is, what remains of the extension is timed: its host code, on no rows and
+so without a launch, beside an operator in Python that only allocates the same results.
 """
 
 import functools
