@@ -105,8 +105,10 @@ def test_norms(
     assert_parity(built, "add_rms_norm", x, residual, weight, eps)
     assert_parity(built, "add_layer_norm", x, residual, weight, bias, eps)
     assert_parity(built, "add_layer_norm", x, residual, weight, None, eps)
-    _, h = call(built, "add_rms_norm", x, residual, weight, eps)
+    # What is normalized is h as it is stored.
+    y, h = call(built, "add_rms_norm", x, residual, weight, eps)
     assert torch.equal(h, x + residual)
+    assert torch.equal(y, call(built, "add_rms_norm", h, torch.zeros_like(h), weight, eps)[0])
 
 
 def test_norms_subtract_the_mean_before_they_square(built: extension.Extension) -> None:
