@@ -7,6 +7,7 @@ import ctypes
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from neobert_kernels import _check, _cuda_build, aot, cuda
 
@@ -40,6 +41,8 @@ def reports(path: Path, sms: Iterable[int] | None = None) -> Iterator[aot.Report
             if kernel == "empty_kernel":  # only asked whether it could run
                 continue
             amount = {what: int(n) for what, n in re.findall(r"(\w+):(\d+)", usage)}
+            code = (name for _, name in aot._INSTRUCTION.findall(listings[function]))
+            counted: dict[str, Any] = aot._count(code)
             yield aot.Report(
                 operator="extension",
                 kernel=kernel,
@@ -52,7 +55,7 @@ def reports(path: Path, sms: Iterable[int] | None = None) -> Iterator[aot.Report
                 registers=amount["REG"],
                 spilled_bytes=amount["STACK"] + amount["LOCAL"],
                 shared_bytes=amount["SHARED"],
-                **aot._count(name for _, name in aot._INSTRUCTION.findall(listings[function])),
+                **counted,
             )
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import neobert_kernels as nk
-from neobert_kernels import _cuda_aot, _cuda_build, _runtime, aot, cuda
+from neobert_kernels import _cuda_aot, _cuda_build, _runtime, _triton, aot, cuda
 
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
@@ -131,6 +131,9 @@ def test_a_choice_is_passed_on(tmp_path: Path) -> None:
     assert cuda.taken() == 7
     assert _runtime.extension_runs("rope")
     assert not _runtime.extension_runs("swiglu")
+    if _triton.AVAILABLE:
+        assert nk.implementation("rope", "cuda") == "cuda"
+        assert nk.implementation("swiglu", "cuda") == "triton"
     cuda.use()
     assert word.value == 0
     assert cuda.chosen() == frozenset()

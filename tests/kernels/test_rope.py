@@ -233,6 +233,8 @@ def test_q_and_k_turn_in_one_launch_into_half_split_order(H, G, interleaved, dev
     order = [*range(0, 24, 2), *range(1, 24, 2)] if interleaved else range(24)
     for turned, row in zip(module.turn(q, k, cos, sin, interleaved), (q, k), strict=True):
         assert torch.equal(turned, nk.rope(row, cos, sin, interleaved)[..., list(order)])
+    both = torch.cat(module.turn(q, k, cos, sin, interleaved), dim=1)
+    assert torch.equal(module._pair(q, k, cos, sin, interleaved), both)
 
 
 def test_no_tokens(device):
