@@ -27,6 +27,7 @@ WHOLE = """
     extern "C" void neobert_cuda_choose(unsigned bits) { neobert_chosen = bits; }
     extern "C" unsigned long neobert_cuda_taken() { return 7; }
 """
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the extension is for Linux")
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ not.
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(_runtime.INTERPRET, reason="no Triton here to interpret"),
     pytest.mark.skipif(GPU and not BUILT, reason="not built: neobert doctor --build"),
     pytest.mark.skipif(not GPU and not HAS_COMPILER, reason="no C++ compiler"),
+    pytest.mark.skipif(sys.platform != "linux", reason="the extension is for Linux"),
 ]
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str
