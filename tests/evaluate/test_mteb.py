@@ -10,20 +10,50 @@ from encoders import ENCODERS
 
 from neobert import cli
 from neobert.encode import Encoder
-from neobert.evaluation.mteb_report import KINDS, PAPER, scores_table, tasks_table
+from neobert.evaluation.mteb_report import (
+    KINDS,
+    PAPER,
+    Result,
+    Scores,
+    collect,
+    scores_table,
+    tasks_table,
+)
+from neobert.readers import InputError
+
+
+def result(name: str, asked: str, tasks: tuple[str, ...], scores: Scores) -> Result:
+    return Result(name, (asked,), tasks, scores, {"mteb": "2"})
 
 
 def test_means_are_given_for_whole_kinds_only() -> None:
-    benchmark = ["a", "b", "c"]
-    ours = {"m": {"a": ("STS", 0.5), "b": ("STS", 0.7), "x": ("STS", 0.1)}, "n": {}}
-    rows = {(row[0], row[1]): row[2:] for row in scores_table(ours, benchmark).rows}
+    ours: Scores = {"a": ("STS", 0.5), "b": ("STS", 0.7), "x": ("STS", 0.1)}
+    shown = [result("m", "B", ("a", "b", "c"), ours), result("BERT-base", "a", ("a",), {})]
+    rows = {(row[0], row[1]): row[2:] for row in scores_table(shown).rows}
     assert rows["NeoBERT-4096", "paper"][-1] == "51.3"
     assert rows["NeoBERT-4096", "ours"] == ["not run"] * 8
-    assert rows["m", "ours"][list(KINDS).index("STS")] == "60.0"
-    assert rows["m", "ours"][-1] == "2 of 3 tasks"
-    assert rows["n", "ours"] == ["not run"] * 8
-    assert tasks_table({"m": {"a": ("STS", None)}}).rows == [["a", "STS", "not run"]]
+    assert rows["m", "ours, B"][list(KINDS).index("STS")] == "60.0"
+    assert rows["m", "ours, B"][-1] == "2 of 3 tasks"
+    assert rows["BERT-base", "ours, a"] == ["not run"] * 8
+    assert tasks_table([result("m", "a", ("a",), {"a": ("STS", None)})]).rows == [
+        ["a", "STS", "not run"]
+    ]
     assert len(PAPER) == 8
+
+
+def test_a_result_is_found_again_and_a_double_refused(tmp_path: Path) -> None:
+    first = result("org/m", "MTEB(eng, v1)", ("a",), {"a": ("STS", 0.5)})
+    second = result("org/m", "a", ("a",), {"a": ("STS", None)})
+    for each in (first, second, second):  # the second command of a kind replaces the first
+        each.write(tmp_path / "here")
+    assert collect(tmp_path, tmp_path / "here") == [first, second]
+    first.write(tmp_path / "there")
+    with pytest.raises(InputError, match=r"expected one folder for org/m and MTEB\(eng, v1\)"):
+        collect(tmp_path)
+    path = second.write(tmp_path / "damaged")
+    path.write_text('{"kind": "neobert mteb", "version": 1, "scores": []}')
+    with pytest.raises(InputError, match=r"run\.json: expected a run of neobert evaluate mteb"):
+        collect(tmp_path / "damaged")
 
 
 @pytest.fixture(scope="module")
