@@ -67,7 +67,8 @@ def write_task(root: Path, name: str, train: int = 24, dev: int = 12, test: int 
         write_rows(root / name / f"{file}.tsv", [*head, *rows(task, count, seed)])
     for part in task.test_parts if test else ():
         lines = [header(task, labelled=False), *rows(task, test, 9, labelled=False)]
-        write_rows(root / name / f"{part.file}.tsv", lines)
+        path = part.elsewhere[0] if part.elsewhere else f"{name}/{part.file}.tsv"
+        write_rows(root / path, lines)
     return root
 
 

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _glue(args: argparse.Namespace) -> int:
     from neobert.finetuning.glue import data, metrics
-    from neobert.finetuning.glue.predictions import write_predictions
+    from neobert.finetuning.glue.predictions import write_predictions, write_submission
     from neobert.finetuning.glue.runs import Run
     from neobert.finetuning.glue.sweep import is_finished, summary
     from neobert.finetuning.glue.tasks import find_tasks
@@ -132,6 +132,11 @@ def _glue(args: argparse.Namespace) -> int:
             for path in write_predictions(here, sweep):
                 job.say(f"{task.name}: predictions of the test set in {path}")
         print("\n".join(summary(here, sweep)), flush=True)
+    submission = write_submission(job.folder(tasks[0].name).parent)
+    if submission is not None:
+        path, missing = submission
+        lacks = f" (without {', '.join(missing)})" if missing else ""
+        job.say(f"all predictions{lacks} are in {path}")
     return 0
 
 
