@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from neobert.commands import mteb
+from neobert.commands import mteb, sts
 from neobert.commands.arguments import positive, threads
 from neobert.readers import InputError, ReadOptions
 
@@ -49,6 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     glue.add_argument("--output", metavar="DIR", help="also write glue.md, glue.html, glue.png")
     glue.set_defaults(run=_glue)
     mteb.add_parser(kinds)
+    sts.add_parser(kinds)
     report = kinds.add_parser(
         "report",
         help="all results side by side, beside the paper's",
