@@ -64,13 +64,15 @@ def run(args: argparse.Namespace) -> int:
     model = MTEBEncoder(encoder, name, _prompts(args.prompts))
     cache = mteb.ResultCache(cache_path=args.output)
     result = mteb.evaluate(model, tasks, cache=cache, raise_error=False)
+    kinds = {task.metadata.name: task.metadata.type for task in tasks}
     scores = {
-        each.task_name: (each.task_type, _score(each.get_score())) for each in result.task_results
+        each.task_name: (kinds[each.task_name], _score(each.get_score()))
+        for each in result.task_results
     }
     ours = Result(
         NAMES.get(name, name),
         tuple(args.benchmark),
-        tuple(task.metadata.name for task in tasks),
+        tuple(kinds),
         scores,
         _settings(args, encoder, mteb.__version__),
     )

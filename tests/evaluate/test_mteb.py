@@ -1,6 +1,7 @@
 """MTEB: our encoder as a model of mteb, and the table beside the paper's."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +68,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
 def test_every_kind_of_task_runs_and_prompts_reach_the_texts(folder: Path) -> None:
     mteb = pytest.importorskip("mteb")
+    from mteb.mocks.mock_run import ALL_MOCK_TASK_TEST_GRID
+
     from neobert.evaluation.mteb_encoder import MTEBEncoder
 
     encoder = Encoder.load(folder, device="cpu")
@@ -74,7 +77,9 @@ def test_every_kind_of_task_runs_and_prompts_reach_the_texts(folder: Path) -> No
     results = mteb.mock_run(model)
     failed = {name: status for name, status in results.items() if hasattr(status, "exception")}
     assert failed == {}
-    assert sum(status is not None for _, status in results.items()) > 10
+    kinds = {task.metadata.name: task.metadata.type for task in ALL_MOCK_TASK_TEST_GRID}
+    passed = {kinds[name] for name, status in results.items() if status is not None}
+    assert passed >= {*KINDS, "BitextMining", "InstructionRetrieval", "MultilabelClassification"}
     (task,) = mteb.get_tasks(tasks=["STSBenchmark"])
     given = {"task_metadata": task.metadata, "hf_split": "test", "hf_subset": "default"}
     batches = [{"text": ["a cat", "a dog"]}, {"text": ["x"]}]
@@ -84,6 +89,41 @@ def test_every_kind_of_task_runs_and_prompts_reach_the_texts(folder: Path) -> No
     np.testing.assert_allclose(
         asked, encoder.encode(["find: a cat", "find: a dog", "find: x"]), atol=1e-6
     )
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
+def test_the_command_runs_a_task_once_and_leaves_its_score_to_the_report(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("mteb")
+    from mteb.mocks.mock_run import ALL_MOCK_TASK_TEST_GRID
+
+    tasks = [t for t in ALL_MOCK_TASK_TEST_GRID if t.metadata.name == "MockSTSTask"]
+    monkeypatch.setattr("neobert.commands.mteb._tasks", lambda mteb, names: tasks)
+    calls = []
+    stream = Encoder.stream
+
+    def counted(self: Encoder, *args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return stream(self, *args, **kwargs)
+
+    monkeypatch.setattr(Encoder, "stream", counted)
+    given = ["--model", str(folder), "--name", "BERT-base", "--output", str(tmp_path)]
+    given += ["--benchmark", "MockSTSTask", "--device", "cpu"]
+    assert cli.main(["evaluate", "mteb", *given]) == 0
+    first, (found,) = len(calls), collect(tmp_path)
+    assert first > 0
+    assert (found.name, found.asked, found.tasks) == ("BERT-base", ("MockSTSTask",), found.asked)
+    (score,) = [score for kind, score in found.scores.values() if kind == "STS"]
+    assert score is not None
+    assert f"| MockSTSTask | STS | {100 * score:.1f} |" in capsys.readouterr().out
+    assert cli.main(["evaluate", "mteb", *given]) == 0
+    assert len(calls) == first
+    (again,) = collect(tmp_path)  # as the cache has it, rounded
+    assert again.scores["MockSTSTask"] == ("STS", pytest.approx(score))
 
 
 def test_an_unknown_benchmark_has_near_names(
