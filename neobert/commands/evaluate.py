@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from neobert.commands import mteb, sts
-from neobert.commands.arguments import positive, threads
+from neobert.commands.arguments import positive, threads, without_errors_option
 from neobert.readers import InputError, ReadOptions
 
 REPORT = """\
@@ -109,7 +109,8 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return int(args.run(args))
+    with without_errors_option():
+        return int(args.run(args))
 
 
 def _glue(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING
 
 from neobert.commands import contrastive
-from neobert.commands.arguments import number, positive, threads
+from neobert.commands.arguments import number, positive, threads, without_errors_option
 from neobert.readers import InputError
 
 if TYPE_CHECKING:
@@ -28,16 +28,22 @@ RTE, STS-B, MRPC and QNLI start from the best MNLI model in the output, if there
 
     neobert finetune glue --model chandar-lab/NeoBERT --task all --devices cuda:0 cuda:1
     neobert evaluate glue --report --runs OUTPUT
+
+The paper's models, which the report knows by their ids:
+
+{models}
 """
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from neobert.finetuning.glue.paper import NAMES
+
     parser = subparsers.add_parser("finetune", help="fine-tune a model on a benchmark")
     kinds = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     glue = kinds.add_parser(
         "glue",
         help="GLUE by the paper's protocol and grid",
-        description=DESCRIPTION,
+        description=DESCRIPTION.format(models="\n".join(f"    {name}" for name in NAMES)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     glue.add_argument("--model", required=True, help="a local model folder or a hub id")
@@ -105,7 +111,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return int(args.run(args))
+    with without_errors_option():
+        return int(args.run(args))
 
 
 def _glue(args: argparse.Namespace) -> int:

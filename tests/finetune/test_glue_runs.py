@@ -313,6 +313,7 @@ def test_the_best_setting_has_the_highest_mean_over_its_seeds() -> None:
         (["--name", ".."], "name: expected a name that a folder can have, got '..'"),
         (["--devices", "tpu"], "device: expected cpu, cuda or cuda:N, got 'tpu'"),
         (["--data", "nowhere"], "data: expected a folder with RTE/train.tsv, got nowhere"),
+        (["--model", "no/model"], "model: expected a folder or a hub id, got 'no/model' (the hub"),
     ],
 )
 def test_bad_arguments_are_one_line(
@@ -327,6 +328,17 @@ def test_bad_arguments_are_one_line(
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_no_option_is_named_that_the_command_does_not_have(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_task(tmp_path / "data", "RTE") / "RTE" / "train.tsv"
+    path.write_bytes(path.read_bytes() + "caf\xe9".encode("latin-1"))
+    assert finetune("RTE") == 2
+    error = capsys.readouterr().err
+    assert "train.tsv:26: expected UTF-8, got byte 0xe9 at column 4" in error
+    assert "--errors" not in error
 
 
 def test_without_data_and_network_the_files_to_pass_are_named(
