@@ -21,7 +21,8 @@ TITLE = "Encoders compared"
 NOTE = (
     "Models as rows, the paper's figures (arXiv 2502.19587) beside ours. An average is given where "
     'every task of it has been run; "not run" and "not measured" are what they say. Of several '
-    "grids the overview shows the one with the most tasks, of several machines the newest result. "
+    "grids the overview shows the one with the most tasks, of several machines the newest result, "
+    "and pseudo-perplexities of different texts without a bar. "
     "The tables below have everything, and how it was made."
 )
 NOT_RUN, NOTHING = "not run", ""
@@ -134,8 +135,10 @@ def _perplexity(results: Results, name: str) -> Cell:
     if len(ours) > 1:
         return Cell(None, None, f"{len(ours)} sets of texts below")
     documents = ours[0].measured
-    text = f"{pseudo_perplexity.shown_mean(documents)} ({len(documents):,} documents)"
-    return Cell(None, pseudo_perplexity.mean_perplexity(documents), text)
+    text = f"{pseudo_perplexity.shown_mean(documents)} ({len(documents):,} documents"
+    if len({(_texts(result), result.masked) for result in results.perplexity}) > 1:
+        return Cell(None, None, f"{text} of {_texts(ours[0])})")  # no bars side by side
+    return Cell(None, pseudo_perplexity.mean_perplexity(documents), f"{text})")
 
 
 def _speed(results: Results, name: str, length: int) -> Cell:

@@ -37,9 +37,11 @@ def write_speeds(
     return path
 
 
-def write_perplexity(folder: Path, name: str, *documents: tuple[int, float]) -> None:
-    texts = {"input": "/somewhere/articles", "input bytes": 1234}
-    with Job(folder, {"name": name, "positions": None, "input": texts}) as job:
+def write_perplexity(
+    folder: Path, name: str, *documents: tuple[int, float], texts: str = "articles"
+) -> None:
+    source = {"input": f"/somewhere/{texts}", "input bytes": 1234}
+    with Job(folder, {"name": name, "positions": None, "input": source}) as job:
         for tokens, loss in documents:
             job.append(Document("x", tokens, tokens - 2, loss))
 
@@ -76,6 +78,13 @@ def test_every_model_has_a_row_with_the_papers_figures_and_ours(results: Path) -
     assert rows["<i>mine</i>"][:4] == ["", "0 of 8 tasks (grid one)", "", "not run"]
     assert rows["<i>mine</i>"][4] == "1.01e+304 (1 documents)"
     assert len(rows) == 10
+
+
+def test_perplexities_of_other_texts_are_not_put_side_by_side(results: Path) -> None:
+    write_perplexity(results / "q", "other", (60, 1.0), texts="books")
+    cells = report.overview(report.collect([results]))["pseudo-perplexity"]
+    assert cells["other"].text == "2.72 (1 documents of books, 1,234 bytes)"
+    assert {cell.ours for cell in cells.values()} == {None}
 
 
 def test_perplexity_has_its_lengths_in_order(results: Path) -> None:
