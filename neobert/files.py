@@ -1,5 +1,6 @@
 """Writing that a kill or a full disk cannot leave half done, and what a resumed job must match."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from neobert.readers import InputError
+from neobert.readers import InputError, one_line
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -19,6 +20,31 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.fsync(file.fileno())
     os.replace(staged, path)
     sync_folder(path.parent)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InputError: It holds something else; the message names it.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}")
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{path}: expected a JSON object, got {one_line(error)}") from None
+    return content
+
+
+def write_object(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def find_runs(kind: str, *roots: Path) -> list[Path]:
+    """Folders below ``roots`` whose ``run.json`` is of this kind: by path, each once."""
+    paths = {path.resolve(): path for root in roots for path in sorted(root.rglob("run.json"))}
+    return [path.parent for path in paths.values() if read_object(path).get("kind") == kind]
 
 
 def write_all(file: BinaryIO, data: memoryview) -> None:

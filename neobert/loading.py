@@ -75,8 +75,10 @@ def _download(name: str, revision: str | None, wanted: list[str], argument: str)
     except HFValidationError:
         reason = "not the form of a hub id"
     except LocalEntryNotFoundError:
+        known = ", ".join(_cached_models()[:10])
         reason = (
-            "the hub cannot be reached and its files are not in the local cache; "
+            "the hub cannot be reached and its files are not in the local cache"
+            f"{f', which has {known}' * bool(known)}; "
             "neobert encode --help names an installed model"
         )
     except HfHubHTTPError as error:
@@ -84,6 +86,18 @@ def _download(name: str, revision: str | None, wanted: list[str], argument: str)
     except OSError as error:
         reason = str(error).splitlines()[0]
     raise OSError(f"{argument}: expected a folder or a hub id, got {name!r} ({reason})")
+
+
+def _cached_models() -> list[str]:
+    """Hub ids in the local cache, by name."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except (CacheNotFound, OSError, ValueError):
+        return []
+    return sorted(each.repo_id for each in repositories if each.repo_type == "model")
 
 
 def model_family(folder: Path, patched: bool) -> str:

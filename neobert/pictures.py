@@ -31,7 +31,52 @@ def bars(
         at = [i + (number + 0.5) * width - 0.4 for i, _ in known]
         axes.bar(at, [value for _, value in known], width, label=name)
     axes.set_xticks(range(len(groups)), groups)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
     return _write(figure, axes, path, title, "", unit)
+
+
+def panels(
+    path: Path,
+    title: str,
+    rows: Sequence[str],
+    values: Mapping[str, Mapping[str, Sequence[float | None]]],
+    missing: Mapping[str, Sequence[str]],
+) -> Path | None:
+    """Panels side by side with a bar per row and series. None without matplotlib.
+
+    Args:
+        path: A ``.png`` to write.
+        title: Over the picture.
+        rows: Their names, from the top.
+        values: By panel and series, a value per row.
+        missing: By panel, what stands in place of the last series' bar.
+    """
+    figure = _figure(2 + 3 * len(values), 1.5 + 0.45 * len(rows))
+    if figure is None:
+        return None
+    for axes, (name, series) in zip(
+        figure.subplots(1, len(values), sharey=True), values.items(), strict=True
+    ):
+        height = 0.8 / len(series)
+        for number, (label, row_values) in enumerate(series.items()):
+            # A bar of no length where there is no value: the legend takes a bar's color.
+            at = [i + (number + 0.5) * height - 0.4 for i in range(len(rows))]
+            lengths = [0.0 if value is None else value for value in row_values]
+            drawn = axes.barh(at, lengths, height, color=f"C{number}", label=label)
+            shown = ["" if value is None else f"{value:.3g}" for value in row_values]
+            axes.bar_label(drawn, shown, padding=2, fontsize="x-small")
+        for i, text in enumerate(missing[name]):
+            axes.text(0, i + 0.4 - height / 2, f" {text}", va="center", fontsize="x-small")
+        axes.set_title(name, fontsize="medium")
+        largest = max((v for row in series.values() for v in row if v is not None), default=1.0)
+        axes.set_xlim(0, 1.2 * largest)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    figure.suptitle(title)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return _save(figure, path)
 
 
 def curves(
@@ -55,13 +100,13 @@ def curves(
     return _write(figure, axes, path, title, x_unit, y_unit)
 
 
-def _figure(width: float) -> Any:
+def _figure(width: float, height: float = 5) -> Any:
     try:
         # The figure's own canvas: pyplot would look for a display and keep every figure.
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    return Figure(figsize=(width, 5), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _write(figure: Any, axes: Any, path: Path, title: str, x_unit: str, y_unit: str) -> Path:
@@ -71,6 +116,10 @@ def _write(figure: Any, axes: Any, path: Path, title: str, x_unit: str, y_unit: 
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
     staged = path.with_name(f"{path.name}.new")
     figure.savefig(staged, format="png", dpi=120)
     os.replace(staged, path)

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 # A line or file beyond this is not a text for an encoder, more likely the wrong file.
 MAX_TEXT_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1024
+# Behind an error in a text: what commands with this option offer.
+ERRORS_HINT = "; --errors replace goes on"
 
 _BOM = b"\xef\xbb\xbf"
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -279,16 +281,14 @@ def _decode(data: bytes, place: str, errors: str) -> str:
     except UnicodeDecodeError as error:
         raise InputError(
             f"{place}: expected UTF-8, got byte 0x{data[error.start]:02x} at column "
-            f"{error.start + 1} ({error.reason}); --errors replace goes on"
+            f"{error.start + 1} ({error.reason}){ERRORS_HINT}"
         ) from None
 
 
 def _without_surrogates(text: str, place: str, errors: str) -> str:
     """JSON's escapes can spell half of a surrogate pair, which UTF-8 cannot."""
     if errors == "strict" and _SURROGATES.search(text):
-        raise InputError(
-            f"{place}: expected valid Unicode, got a lone surrogate; --errors replace goes on"
-        )
+        raise InputError(f"{place}: expected valid Unicode, got a lone surrogate{ERRORS_HINT}")
     return _SURROGATES.sub("\ufffd", text)
 
 

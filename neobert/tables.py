@@ -47,18 +47,40 @@ class Table:
         return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n</table>"
 
 
-def html_page(
-    title: str, text: str, tables: Sequence[tuple[str, Table]], picture: Path | None
-) -> str:
-    """One page: a text, tables under their headings, and a ``.png`` inside the page."""
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: each of heading, text, table and ``.png`` may be missing."""
+
+    heading: str = ""
+    text: str = ""
+    table: Table | None = None
+    picture: Path | None = None
+
+
+def markdown_page(title: str, text: str, sections: Sequence[Section]) -> str:
+    """A text and the sections below it, without their pictures."""
+    parts = [f"# {title}", text]
+    for section in sections:
+        heading = f"## {section.heading}" if section.heading else ""
+        table = section.table.markdown() if section.table is not None else ""
+        parts += [part for part in (heading, section.text, table) if part]
+    return "\n\n".join(parts) + "\n"
+
+
+def html_page(title: str, text: str, sections: Sequence[Section]) -> str:
+    """The same as one page that needs no other file, pictures inside."""
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(text)}</p>"]
-    for heading, table in tables:
-        if heading:
-            parts.append(f"<h2>{escape(heading)}</h2>")
-        parts.append(table.html())
-    if picture is not None:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">')
+    for section in sections:
+        if section.heading:
+            parts.append(f"<h2>{escape(section.heading)}</h2>")
+        if section.text:
+            parts.append(f"<p>{escape(section.text)}</p>")
+        if section.table is not None:
+            parts.append(section.table.html())
+        if section.picture is not None:
+            data = base64.b64encode(section.picture.read_bytes()).decode()
+            name = escape(section.heading or title)
+            parts.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{escape(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n"

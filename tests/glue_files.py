@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from neobert.finetuning.glue.runs import Run
 from neobert.finetuning.glue.tasks import TASKS, Task
+from neobert.finetuning.schedule import Setting
 
 HEADERS = {
     "MNLI": "index promptID sentence1 sentence2 label1 gold_label",
@@ -65,5 +67,24 @@ def write_task(root: Path, name: str, train: int = 24, dev: int = 12, test: int 
         write_rows(root / name / f"{file}.tsv", [*head, *rows(task, count, seed)])
     for part in task.test_parts if test else ():
         lines = [header(task, labelled=False), *rows(task, test, 9, labelled=False)]
-        write_rows(root / name / f"{part.file}.tsv", lines)
+        path = part.elsewhere[0] if part.elsewhere else f"{name}/{part.file}.tsv"
+        write_rows(root / path, lines)
     return root
+
+
+def record_scores(
+    root: Path, name: str, task: str, *scores: float | None, grid: str = "paper"
+) -> None:
+    """The folder of a run with a point for each score, as its command leaves it."""
+    identity = {
+        "task": task, "name": name, "grid": grid,
+        "start": None, "patched": True, "precision": "float32",
+    }  # fmt: skip
+    run = Run.open(root / name.replace("/", "--") / grid / task, identity)
+    for seed, score in enumerate(scores):
+        values = {
+            "score": score, "metrics": {"accuracy": score}, "best_step": 3, "planned_steps": 9,
+            "undefined": {} if score is not None else {"accuracy": "no <label>"},
+            "machine": {"device": "cpu: x", "torch": "1"},
+        }  # fmt: skip
+        run.record(Setting(1e-5, 8, 0.01, seed), values)

@@ -3,10 +3,12 @@
 import argparse
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neobert.readers import ReadOptions
+from neobert.readers import ERRORS_HINT, InputError, ReadOptions
 
 if TYPE_CHECKING:
     from neobert.encode import Encoder
@@ -82,6 +84,15 @@ def load_encoder(args: argparse.Namespace) -> "Encoder":
     from neobert.encode import Encoder
 
     return Encoder.load(**model_options(args), threads=args.threads)
+
+
+@contextmanager
+def without_errors_option() -> Iterator[None]:
+    """For commands that read files and have no --errors: no message speaks of it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(ERRORS_HINT, "")) from error
 
 
 def add_read_arguments(parser: argparse.ArgumentParser) -> None:

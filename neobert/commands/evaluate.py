@@ -1,16 +1,25 @@
-"""``neobert evaluate``: results beside the paper's, and pseudo-perplexity by length."""
+"""``neobert evaluate``: benchmarks, and reports of their results beside the paper's."""
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from neobert.commands import mteb
-from neobert.commands.arguments import positive, threads
+from neobert.commands import mteb, sts
+from neobert.commands.arguments import positive, threads, without_errors_option
 from neobert.readers import InputError, ReadOptions
 
 REPORT = """\
 Print the results of neobert finetune glue beside the paper's table: models as rows, the settings
 and seeds behind every number, "not run" where nothing is.
+"""
+
+COMPARISON = """\
+Put all results side by side, models as rows and the paper's figures beside ours: those of neobert
+finetune glue, neobert evaluate mteb and pseudo-perplexity, and of the benchmarks, wherever they are
+under the folders. What has not been run is said to be so.
+
+    neobert evaluate report glue mteb pseudo-perplexity benchmarks/results --output comparison
 """
 
 PERPLEXITY = """\
@@ -40,6 +49,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     glue.add_argument("--output", metavar="DIR", help="also write glue.md, glue.html, glue.png")
     glue.set_defaults(run=_glue)
     mteb.add_parser(kinds)
+    sts.add_parser(kinds)
+    report = kinds.add_parser(
+        "report",
+        help="all results side by side, beside the paper's",
+        description=COMPARISON,
+        formatter_class=plain,
+    )
+    report.add_argument("folders", nargs="+", metavar="FOLDER", help="where results are")
+    report.add_argument("--output", metavar="DIR", help="also write comparison.md, .html, .png")
+    report.set_defaults(run=_report)
     _add_perplexity(
         kinds.add_parser(
             "pseudo-perplexity",
@@ -90,16 +109,27 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return int(args.run(args))
+    with without_errors_option():
+        return int(args.run(args))
 
 
 def _glue(args: argparse.Namespace) -> int:
     from neobert.finetuning.glue import report
 
-    results = report.collect(Path(args.runs))
+    return _show(report, report.collect(Path(args.runs)), args.output)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from neobert.evaluation import report
+
+    return _show(report, report.collect([Path(folder) for folder in args.folders]), args.output)
+
+
+def _show(report: Any, results: Any, output: str | None) -> int:
+    """Print ``results`` and, if asked, write them."""
     print(report.markdown(results))
-    if args.output is not None:
-        for path in report.write(results, Path(args.output)):
+    if output is not None:
+        for path in report.write(results, Path(output)):
             print(f"neobert: written to {path}", file=sys.stderr)
     return 0
 

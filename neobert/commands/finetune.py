@@ -7,7 +7,7 @@ from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING
 
 from neobert.commands import contrastive
-from neobert.commands.arguments import number, positive, threads
+from neobert.commands.arguments import number, positive, threads, without_errors_option
 from neobert.readers import InputError
 
 if TYPE_CHECKING:
@@ -28,16 +28,22 @@ RTE, STS-B, MRPC and QNLI start from the best MNLI model in the output, if there
 
     neobert finetune glue --model chandar-lab/NeoBERT --task all --devices cuda:0 cuda:1
     neobert evaluate glue --report --runs OUTPUT
+
+The paper's models, which the report knows by their ids:
+
+{models}
 """
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from neobert.finetuning.glue.paper import NAMES
+
     parser = subparsers.add_parser("finetune", help="fine-tune a model on a benchmark")
     kinds = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     glue = kinds.add_parser(
         "glue",
         help="GLUE by the paper's protocol and grid",
-        description=DESCRIPTION,
+        description=DESCRIPTION.format(models="\n".join(f"    {name}" for name in NAMES)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     glue.add_argument("--model", required=True, help="a local model folder or a hub id")
@@ -105,12 +111,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return int(args.run(args))
+    with without_errors_option():
+        return int(args.run(args))
 
 
 def _glue(args: argparse.Namespace) -> int:
     from neobert.finetuning.glue import data, metrics
-    from neobert.finetuning.glue.predictions import write_predictions
+    from neobert.finetuning.glue.predictions import write_predictions, write_submission
     from neobert.finetuning.glue.runs import Run
     from neobert.finetuning.glue.sweep import is_finished, summary
     from neobert.finetuning.glue.tasks import find_tasks
@@ -132,6 +139,11 @@ def _glue(args: argparse.Namespace) -> int:
             for path in write_predictions(here, sweep):
                 job.say(f"{task.name}: predictions of the test set in {path}")
         print("\n".join(summary(here, sweep)), flush=True)
+    submission = write_submission(job.folder(tasks[0].name).parent)
+    if submission is not None:
+        path, missing = submission
+        lacks = f" (without {', '.join(missing)})" if missing else ""
+        job.say(f"all predictions{lacks} are in {path}")
     return 0
 
 

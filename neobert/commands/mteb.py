@@ -5,10 +5,13 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neobert.commands.arguments import add_model_arguments, load_encoder
 from neobert.readers import InputError, one_line
+
+if TYPE_CHECKING:
+    from neobert.encode import Encoder
 
 DESCRIPTION = """\
 Run tasks of MTEB through the mteb library (pip install mteb) on our packed encoder, with mteb's own
@@ -53,22 +56,32 @@ def run(args: argparse.Namespace) -> int:
             f"mteb: expected the package mteb, pip install mteb, got {error}"
         ) from None
     from neobert.evaluation.mteb_encoder import MTEBEncoder
-    from neobert.evaluation.mteb_report import scores_table, tasks_table
+    from neobert.evaluation.mteb_report import Result, scores_table, tasks_table
 
     tasks = _tasks(mteb, args.benchmark)
     name = model_name(args.model, args.name)
-    model = MTEBEncoder(load_encoder(args), name, _prompts(args.prompts))
+    encoder = load_encoder(args)
+    model = MTEBEncoder(encoder, name, _prompts(args.prompts))
     cache = mteb.ResultCache(cache_path=args.output)
     result = mteb.evaluate(model, tasks, cache=cache, raise_error=False)
+    kinds = {task.metadata.name: task.metadata.type for task in tasks}
     scores = {
-        each.task_name: (each.task_type, _score(each.get_score())) for each in result.task_results
+        each.task_name: (kinds[each.task_name], _score(each.get_score()))
+        for each in result.task_results
     }
+    ours = Result(
+        NAMES.get(name, name),
+        tuple(args.benchmark),
+        tuple(kinds),
+        scores,
+        _settings(args, encoder, mteb.__version__),
+    )
+    ours.write(Path(args.output))
     for failed in result.exceptions or []:
         print(f"neobert: {failed.task_name} failed: {one_line(failed.exception)}", file=sys.stderr)
-    ours = {NAMES.get(name, name): scores}
-    print(scores_table(ours, [task.metadata.name for task in tasks]).markdown())
+    print(scores_table([ours]).markdown())
     print()
-    print(tasks_table(ours).markdown())
+    print(tasks_table([ours]).markdown())
     return 1 if result.exceptions else 0
 
 
@@ -90,6 +103,19 @@ def _tasks(mteb: Any, names: list[str]) -> list[Any]:
             rule = f"a benchmark or tasks of mteb ({', '.join(near) or 'MTEB(eng, v2), ...'})"
             raise InputError(f"benchmark: expected {rule}, got {name!r}")
     return list(mteb.get_tasks(tasks=names, languages=["eng"]))
+
+
+def _settings(args: argparse.Namespace, encoder: "Encoder", version: str) -> dict[str, Any]:
+    """What decides the numbers, for the report."""
+    found = {
+        "mteb": version,
+        "pooling": encoder.pooling,
+        "max_length": encoder.max_length,
+        "dtype": encoder.fingerprint["dtype"],
+        "patched": not args.no_patch,
+        "model_files": encoder.fingerprint["files"],
+    }
+    return found | ({"prompts": _prompts(args.prompts)} if args.prompts else {})
 
 
 def _score(value: Any) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import get_prompt_name
+from mteb.models.model_meta import ScoringFunction
 from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class MTEBEncoder:
                 "max_tokens": encoder.max_length,
                 "embed_dim": encoder.dim,
                 "framework": ["PyTorch"],
-                "similarity_fn_name": "cosine",
+                "similarity_fn_name": ScoringFunction.COSINE,
                 "use_instructions": bool(self._prompts or encoder.settings.prompt),
                 "model_type": ["dense"],
                 "experiment_kwargs": {"prompts": self._prompts} if self._prompts else None,

@@ -1,7 +1,17 @@
-"""MTEB results beside the paper's table: means by kind of task, in percent."""
+"""MTEB results beside the paper's table: means by kind of task, in percent.
 
+OUTPUT/runs/MODEL/BENCHMARK/run.json    the scores of one command, for the reports
+"""
+
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from neobert import files
+from neobert.readers import InputError, one_line
 from neobert.tables import Table
 
 # The paper's table (arXiv 2502.19587), MTEB(eng, v1), the same fine-tuning for every model.
@@ -14,7 +24,8 @@ KINDS = {
     "STS": "STS",
     "Summarization": "summ.",
 }
-COLUMNS = (*KINDS.values(), "average")
+AVERAGE = "average"
+COLUMNS = (*KINDS.values(), AVERAGE)
 PAPER = {
     "BERT-base": (60.6, 37.0, 71.5, 48.9, 28.3, 69.9, 31.1, 48.1),
     "RoBERTa-base": (58.7, 36.7, 71.2, 49.8, 26.9, 71.8, 29.1, 47.7),
@@ -25,45 +36,130 @@ PAPER = {
     "RoBERTa-large": (57.1, 39.3, 72.5, 51.3, 30.0, 71.7, 31.1, 48.9),
     "ModernBERT-large": (62.4, 38.7, 65.5, 50.1, 23.1, 68.3, 27.8, 46.9),
 }
+PAPER_BENCHMARK = "MTEB(eng, v1)"
 NOT_RUN = "not run"
+KIND, VERSION = "neobert mteb", 1
 
 # By task: its kind, and its main score or None.
 Scores = Mapping[str, tuple[str, float | None]]
 
 
-def scores_table(models: Mapping[str, Scores], benchmark: Sequence[str]) -> Table:
-    """Rows of the paper, and ours below them.
+@dataclass(frozen=True)
+class Result:
+    """One model on one benchmark, or on tasks of the user's choice.
+
+    Attributes:
+        name: The model's.
+        asked: What the user named: a benchmark, or tasks.
+        tasks: The names of all its tasks.
+        scores: What there is of them.
+        settings: What else decides the numbers.
+    """
+
+    name: str
+    asked: tuple[str, ...]
+    tasks: tuple[str, ...]
+    scores: Scores
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return self.asked[0] if len(self.asked) == 1 else f"{len(self.asked)} tasks"
+
+    @property
+    def kinds(self) -> list[Scores]:
+        """The scores of each kind of task, in the order of `KINDS`, and of all."""
+        ours = {task: self.scores.get(task, ("", None)) for task in self.tasks}
+        parts = [{k: v for k, v in ours.items() if v[0] == kind} for kind in KINDS]
+        return [*parts, ours]
+
+    def write(self, output: Path) -> Path:
+        """The file that `collect` finds under ``output``."""
+        asked = ", ".join(self.asked)
+        digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
+        short = re.sub(r"[^A-Za-z0-9.]+", "-", asked).strip("-")[:60]
+        folder = output / "runs" / self.name.replace("/", "--") / f"{short}-{digest}"
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"kind": KIND, "version": VERSION, **vars(self)}
+        files.write_object(folder / "run.json", content)
+        return folder / "run.json"
+
+
+def read(folder: Path) -> Result:
+    path = folder / "run.json"
+    content = files.read_object(path)
+    try:
+        if (content["kind"], content["version"]) != (KIND, VERSION):
+            raise ValueError(f"{content['kind']} {content['version']}")
+        return Result(
+            content["name"],
+            tuple(content["asked"]),
+            tuple(content["tasks"]),
+            {task: (kind, score) for task, (kind, score) in content["scores"].items()},
+            content["settings"],
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        got = one_line(error)
+        raise InputError(f"{path}: expected a run of neobert evaluate mteb, got {got}") from None
+
+
+def collect(*roots: Path) -> list[Result]:
+    """All results under ``roots``.
+
+    Raises:
+        InputError: Two folders hold the same model and benchmark.
+    """
+    found: dict[tuple[str, tuple[str, ...]], tuple[Path, Result]] = {}
+    for folder in files.find_runs(KIND, *roots):
+        result = read(folder)
+        key = result.name, result.asked
+        if key in found:
+            raise InputError(
+                f"runs: expected one folder for {result.name} and {result.label}, got "
+                f"{found[key][0]} and {folder}"
+            )
+        found[key] = folder, result
+    return [result for _, result in found.values()]
+
+
+def scores_table(results: Sequence[Result]) -> Table:
+    """Rows of the paper, and ours below them, a row per benchmark.
 
     A mean is given where every task of its kind (of the whole benchmark) has a score.
-
-    Args:
-        models: Results of each of our models.
-        benchmark: The names of the benchmark's tasks.
     """
     rows: list[list[str]] = []
-    for name in [*PAPER, *sorted(set(models) - set(PAPER))]:
+    names = {result.name for result in results}
+    for name in [*PAPER, *sorted(names - set(PAPER))]:
         if name in PAPER:
             rows.append([name, "paper", *(f"{value:.1f}" for value in PAPER[name])])
-        if name not in models:
+        if name not in names:
             rows.append([name, "ours", *[NOT_RUN] * len(COLUMNS)])
-            continue
-        ours = {task: models[name].get(task, ("", None)) for task in benchmark}
-        cells = [_mean({k: v for k, v in ours.items() if v[0] == kind}) for kind in KINDS]
-        rows.append([name, "ours", *cells, _mean(ours)])
+        for result in results:
+            if result.name == name:
+                cells = [shown_mean(scores) for scores in result.kinds]
+                rows.append([name, f"ours, {result.label}", *cells])
     return Table(("model", "from", *COLUMNS), rows, numbers_from=2)
 
 
-def _mean(scores: Scores) -> str:
+def mean(scores: Scores) -> float | None:
+    """In percent; None unless every task has a score."""
     known = [value for _, value in scores.values() if value is not None]
-    if not known:
-        return NOT_RUN
-    if len(known) < len(scores):
-        return f"{len(known)} of {len(scores)} tasks"
-    return f"{100 * sum(known) / len(known):.1f}"
+    return 100 * sum(known) / len(known) if known and len(known) == len(scores) else None
 
 
-def tasks_table(models: Mapping[str, Scores]) -> Table:
+def shown_mean(scores: Scores) -> str:
+    value = mean(scores)
+    if value is not None:
+        return f"{value:.1f}"
+    known = sum(score is not None for _, score in scores.values())
+    return f"{known} of {len(scores)} tasks" if known else NOT_RUN
+
+
+def tasks_table(results: Sequence[Result]) -> Table:
     """Every task's main score by model."""
+    models: dict[str, dict[str, tuple[str, float | None]]] = {}
+    for result in results:
+        models.setdefault(result.name, {}).update(result.scores)
     kinds = {task: kind for scores in models.values() for task, (kind, _) in scores.items()}
     rows = [
         [
@@ -78,3 +174,31 @@ def tasks_table(models: Mapping[str, Scores]) -> Table:
 
 def _shown(score: float | None) -> str:
     return NOT_RUN if score is None else f"{100 * score:.1f}"
+
+
+def settings_table(results: Sequence[Result]) -> Table:
+    """How each of our rows was made."""
+    rows = []
+    for result in results:
+        known = sum(score is not None for _, score in result.scores.values())
+        settings = ", ".join(f"{name} {value}" for name, value in result.settings.items())
+        tasks = f"{known} of {len(result.tasks)}"
+        rows.append([result.name, ", ".join(result.asked), tasks, settings])
+    return Table(("model", "benchmark", "tasks", "settings"), rows)
+
+
+def draw(results: Sequence[Result], path: Path) -> Path | None:
+    """Bars per kind of task: each of our rows, and the paper's where it has the model."""
+    from neobert import pictures
+
+    if not results:
+        return None
+    series: dict[str, Sequence[float | None]] = {}
+    for result in results:
+        if result.name in PAPER:
+            series.setdefault(f"{result.name}, paper", PAPER[result.name])
+        means = [mean(scores) for scores in result.kinds]
+        if result.asked != (PAPER_BENCHMARK,):
+            means[-1] = None  # over other tasks than the paper's
+        series[f"{result.name}, ours ({result.label})"] = means
+    return pictures.bars(path, "MTEB", "main score, percent", COLUMNS, series)

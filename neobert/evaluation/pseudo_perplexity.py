@@ -22,7 +22,7 @@ from neobert import files
 from neobert.evaluation.masked_lm import MaskedLM
 from neobert.inputs import Source
 from neobert.readers import InputError, one_line
-from neobert.tables import Table, html_page
+from neobert.tables import Section, Table, html_page, markdown_page
 from neobert.truncation import token_ids
 
 VERSION = 1
@@ -36,7 +36,7 @@ TITLE = "Pseudo-perplexity by length"
 NOTE = (
     "Every token of a document (or a sample of them, where the table says so) is masked alone and "
     "predicted from all others; exp of the mean cross-entropy, averaged over documents. Documents "
-    "are in the row of their length in tokens."
+    "count where their length in tokens is."
 )
 
 
@@ -89,7 +89,7 @@ class Job:
             if lines.exists():
                 raise InputError(f"output: expected {path} beside its documents, got none")
             content = {"kind": KIND, "version": VERSION, **identity}
-            files.write_atomically(path, json.dumps(content, indent=1) + "\n")
+            files.write_object(path, content)
             return []
         changed = files.differences(read_identity(self.folder), identity)
         if changed:
@@ -157,10 +157,7 @@ def measure(
 
 def read_identity(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
-    try:
-        content = dict(json.loads(path.read_bytes()))
-    except (RecursionError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: expected a JSON object, got {one_line(error)}") from None
+    content = files.read_object(path)
     if content.pop("kind", None) != KIND or content.pop("version", None) != VERSION:
         raise InputError(f"{path}: expected a run of pseudo-perplexity, got another file")
     return content
@@ -197,50 +194,80 @@ def mean_perplexity(documents: list[Document]) -> float:
     return math.exp(min(sum(losses) / len(losses), 700.0))
 
 
+def shown_mean(documents: list[Document]) -> str:
+    value = mean_perplexity(documents)
+    return f"{value:.2f}" if value < 1e6 else f"{value:.2e}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model's documents, and what decided their numbers."""
+
+    identity: dict[str, Any]
+    documents: list[Document]
+
+    @property
+    def name(self) -> str:
+        return str(self.identity["name"])
+
+    @property
+    def masked(self) -> str:
+        """How many tokens of a document."""
+        positions = self.identity["positions"]
+        return "all" if positions is None else str(positions)
+
+    @property
+    def measured(self) -> list[Document]:
+        return [document for document in self.documents if document.loss is not None]
+
+
+def collect(*roots: Path) -> list[Result]:
+    """All results under ``roots`` with a measured document."""
+    found = [
+        Result(read_identity(folder), read_documents(folder)[0])
+        for folder in files.find_runs(KIND, *roots)
+    ]
+    return [result for result in found if result.measured]
+
+
 def report(root: Path) -> list[Path]:
     """Write the table and the picture of every model under ``root``; the files written.
 
     Raises:
         InputError: No model has a measured document there.
     """
-    from neobert import pictures
-
-    found: dict[str, list[Document]] = {}
-    rows: list[list[str]] = []
-    for path in sorted(root.glob("*/run.json")):
-        identity = read_identity(path.parent)
-        name, documents = identity["name"], read_documents(path.parent)[0]
-        if any(document.loss is not None for document in documents):
-            found[name] = documents
-            masked = "all" if identity["positions"] is None else str(identity["positions"])
-            rows += [[name, masked, *row] for row in _rows(documents)]
+    found = collect(root)
     if not found:
         raise InputError(f"output: expected measured documents in {root}, got none")
+    rows = [[result.name, result.masked, *row] for result in found for row in _rows(result)]
     columns = ("model", "masked", "tokens", "documents", "mean length", "pseudo-perplexity")
     table = Table(columns, rows, numbers_from=3)
-    lines, points = {}, {}
-    for name, documents in found.items():
-        groups = [group for _, group in by_length(documents)]
-        lines[name] = [(_mean_length(group), mean_perplexity(group)) for group in groups]
-        points[name] = [
-            (d.tokens, d.perplexity) for group in groups for d in group if d.perplexity is not None
-        ]
-    picture = pictures.curves(
-        root / "pseudo-perplexity.png", TITLE, "tokens", "pseudo-perplexity", lines, points
-    )
-    text = f"# {TITLE}\n\n{NOTE}\n\n{table.markdown()}\n"
-    files.write_atomically(root / "pseudo-perplexity.md", text)
-    page = html_page(TITLE, NOTE, [("", table)], picture)
-    files.write_atomically(root / "pseudo-perplexity.html", page)
+    picture = draw({result.name: result for result in found}, root / "pseudo-perplexity.png")
+    section = Section(table=table, picture=picture)
+    files.write_atomically(root / "pseudo-perplexity.md", markdown_page(TITLE, NOTE, [section]))
+    files.write_atomically(root / "pseudo-perplexity.html", html_page(TITLE, NOTE, [section]))
     written = [root / "pseudo-perplexity.md", root / "pseudo-perplexity.html"]
     return written + ([picture] if picture else [])
 
 
-def _rows(documents: list[Document]) -> Iterator[list[str]]:
-    measured = [document for document in documents if document.loss is not None]
-    for name, group in [*by_length(documents), ("all", measured)]:
+def draw(results: Mapping[str, Result], path: Path) -> Path | None:
+    """A curve over the length, and the documents, of each result; None without matplotlib."""
+    from neobert import pictures
+
+    lines, points = {}, {}
+    for name, result in results.items():
+        groups = [group for _, group in by_length(result.documents)]
+        lines[name] = [(_mean_length(group), mean_perplexity(group)) for group in groups]
+        points[name] = [
+            (d.tokens, d.perplexity) for group in groups for d in group if d.perplexity is not None
+        ]
+    return pictures.curves(path, TITLE, "tokens", "pseudo-perplexity", lines, points)
+
+
+def _rows(result: Result) -> Iterator[list[str]]:
+    for name, group in [*by_length(result.documents), ("all", result.measured)]:
         mean = f"{_mean_length(group):,.0f}"
-        yield [name, f"{len(group):,}", mean, f"{mean_perplexity(group):.2f}"]
+        yield [name, f"{len(group):,}", mean, shown_mean(group)]
 
 
 def _mean_length(documents: list[Document]) -> float:

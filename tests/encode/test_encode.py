@@ -282,3 +282,12 @@ def test_a_model_that_is_not_there_is_one_clear_error(name, message):
     with pytest.raises(OSError, match=message) as caught:
         Encoder.load(name)
     assert "\n" not in str(caught.value)
+
+
+def test_models_of_the_local_cache_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("models--b--two", "models--a--one", "datasets--c--three"):
+        (tmp_path / name / "snapshots" / "x").mkdir(parents=True)
+        (tmp_path / name / "snapshots" / "x" / "config.json").write_text("{}")
+    with pytest.raises(OSError, match=r"not in the local cache, which has a/one, b/two; neobert"):
+        Encoder.load("some-team/some-model")

@@ -1,18 +1,24 @@
 """Contrastive fine-tuning: the loss, the draw of data sets, the data, the run and its folder."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import contrastive_ranks
 import numpy as np
 import pytest
 import texts
 import torch
+from contrastive_ranks import kept_gradients
 from encoders import ENCODERS, randomized
 from torch.utils.data import BatchSampler, ConcatDataset, SequentialSampler
 
+import neobert
 from neobert import cli
 from neobert.encode import Encoder
 from neobert.finetuning.contrastive.data import load_pairs
@@ -142,6 +148,39 @@ def test_training_brings_pairs_together(
 
     assert contrastive("--steps", "20", "--batch-size", "4") == 0
     assert rank_loss(tmp_path / "out" / "final") < 0.7 * rank_loss(folder)
+
+
+def test_two_processes_have_the_gradient_of_one_with_all_their_pairs(
+    folder: Path, tmp_path: Path
+) -> None:
+    draw = np.random.default_rng(0)
+    for name, count in (("one", 24), ("two", 16)):
+        words = ["".join(draw.choice(list("abcdefgh"), 6)) for _ in range(3 * count)]
+        rows = zip(words[::3], words[1::3], words[2::3], strict=True)
+        lines = [json.dumps({"query": q, "positive": p, "negative": n}) for q, p, n in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    given = ["--model", str(folder), "--device", "cpu", "--steps", "3", "--lr", "0.001"]
+    given += ["--data", str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")]
+    alone = [*given, "--output", str(tmp_path / "alone"), "--batch-size", "8"]
+    with kept_gradients() as expected:
+        assert cli.main(["finetune", "contrastive", *alone]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", contrastive_ranks.__file__, str(tmp_path), *given]
+    root = Path(neobert.__file__).parents[1]
+    subprocess.run(
+        [*command, "--output", str(tmp_path / "ranks"), "--batch-size", "4"],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=True,
+    )
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for step, (wanted, *ranks) in enumerate(zip(expected, *found, strict=True)):
+        for gradient in ranks:
+            assert (gradient - wanted).norm() <= 1e-4 * wanted.norm(), step
+    ours, theirs = (
+        Encoder.load(tmp_path / name / "final", device="cpu").encode(texts.TEXTS)
+        for name in ("ranks", "alone")
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(

@@ -167,19 +167,26 @@ def test_task_names_are_found_in_any_spelling() -> None:
 
 def hub(monkeypatch: pytest.MonkeyPatch, task: Task, data: TaskData, **changes: Any) -> None:
     """The hub's form of ``data``."""
-    splits = {"train": data.train}
-    splits |= {part.hub: data.dev[part.name] for part in task.dev}
-    splits |= {part.hub: data.test[part.name] for part in task.test_parts if data.test}
-    made = {}
-    for name, split in splits.items():
+    splits = {(task.hub, "train"): data.train}
+    splits |= {(task.hub, part.hub): data.dev[part.name] for part in task.dev}
+    splits |= {
+        (part.hub_config or task.hub, part.hub): data.test[part.name]
+        for part in task.test_parts
+        if part.name in data.test
+    }
+    made: dict[str, dict[str, Any]] = {}
+    for (config, name), split in splits.items():
         labels = np.full(len(split), -1) if split.labels is None else split.labels
         content = dict(zip(task.hub_texts, split.texts, strict=True))
         content |= {"label": labels.tolist(), "idx": list(range(len(split)))} | changes
-        made[name] = datasets.Dataset.from_dict({k: v for k, v in content.items() if v is not None})
+        content = {k: v for k, v in content.items() if v is not None}
+        made.setdefault(config, {})[name] = datasets.Dataset.from_dict(content)
 
     def load_dataset(name: str, config: str) -> Any:
-        assert (name, config) == ("nyu-mll/glue", task.hub)
-        return datasets.DatasetDict(made)
+        assert name == "nyu-mll/glue"
+        if config not in made:
+            raise ConnectionError(f"Couldn't reach {config}")
+        return datasets.DatasetDict(made[config])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
@@ -197,6 +204,31 @@ def test_the_hub_gives_what_the_files_give(
     assert {k: s.ids for k, s in from_hub.test.items()} == {
         k: s.ids for k, s in from_files.test.items()
     }
+
+
+@pytest.mark.parametrize("place", ["diagnostic/diagnostic.tsv", "AX/AX.tsv", "MNLI/AX.tsv"])
+def test_the_diagnostics_are_a_test_set_of_mnli(place: str, tmp_path: Path) -> None:
+    root = write_task(tmp_path, "MNLI", test=3)
+    given = root / "diagnostic" / "diagnostic.tsv"
+    assert [*load(TASKS["MNLI"], root).test] == ["m", "mm", "ax"]
+    (root / place).parent.mkdir(exist_ok=True)
+    given.rename(root / place)
+    assert load(TASKS["MNLI"], root).test["ax"].ids == ["0", "1", "2"]
+    (root / place).unlink()
+    assert [*load(TASKS["MNLI"], root).test] == ["m", "mm"]
+
+
+def test_without_the_diagnostics_the_hub_gives_the_rest_and_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = TASKS["MNLI"]
+    from_files = load(task, write_task(tmp_path, "MNLI", test=2))
+    del from_files.test["ax"]
+    hub(monkeypatch, task, from_files)
+    from_hub = load(task, None)
+    assert [*from_hub.test] == ["m", "mm"]
+    (note,) = from_hub.notes
+    assert "no predictions of AX: data: expected nyu-mll/glue, 'ax', from the hub" in note
 
 
 @pytest.mark.parametrize(

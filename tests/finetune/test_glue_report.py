@@ -6,30 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from glue_files import record_scores as add
 
 from neobert import cli, pictures
 from neobert.finetuning.glue import report
 from neobert.finetuning.glue.paper import AVERAGE, PAPER, TEST_SERVER
-from neobert.finetuning.glue.runs import Run
-from neobert.finetuning.schedule import Setting
 from neobert.readers import InputError
-
-MACHINE = {"device": "cpu: x", "torch": "1"}
-
-
-def add(root: Path, name: str, task: str, *scores: float | None, grid: str = "paper") -> None:
-    identity = {
-        "task": task, "name": name, "grid": grid,
-        "start": None, "patched": True, "precision": "float32",
-    }  # fmt: skip
-    run = Run.open(root / name.replace("/", "--") / grid / task, identity)
-    for seed, score in enumerate(scores):
-        values = {
-            "score": score, "metrics": {"accuracy": score}, "best_step": 3, "planned_steps": 9,
-            "undefined": {} if score is not None else {"accuracy": "no <label>"},
-            "machine": MACHINE,
-        }  # fmt: skip
-        run.record(Setting(1e-5, 8, 0.01, seed), values)
 
 
 def rows(root: Path) -> dict[tuple[str, str], list[str]]:

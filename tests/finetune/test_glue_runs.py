@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from neobert import cli, files
 from neobert.finetuning.glue import sweep
 from neobert.finetuning.glue.grid import GRIDS, make_grid
 from neobert.finetuning.glue.runs import Run, read_best
+from neobert.finetuning.glue.tasks import MNLI_CLASSES
 from neobert.finetuning.schedule import Setting
 from neobert.readers import InputError
 
@@ -79,7 +81,10 @@ def test_every_kind_of_task_goes_through(
     assert finetune(name, "--quiet") == 0
     assert "best score" in capsys.readouterr().out
     written = {path.name for path in (tmp_path / "out/Tiny" / name / "predictions").iterdir()}
-    assert written == ({"MNLI-m.tsv", "MNLI-mm.tsv"} if name == "MNLI" else {f"{name}.tsv"})
+    mnli = {"MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"}
+    assert written == (mnli if name == "MNLI" else {f"{name}.tsv"})
+    with zipfile.ZipFile(tmp_path / "out/Tiny/submission.zip") as archive:
+        assert set(archive.namelist()) == written
     for path in (tmp_path / "out/Tiny" / name / "predictions").iterdir():
         values = [line.split("\t")[1] for line in path.read_text().splitlines()[1:]]
         if name == "STS-B":
@@ -88,6 +93,24 @@ def test_every_kind_of_task_goes_through(
             assert set(values) <= {"entailment", "neutral", "contradiction"}
         else:
             assert set(values) <= {"0", "1"}
+
+
+def test_a_test_set_may_come_later_and_a_submission_says_what_it_lacks(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "out/Tiny/submission.zip"
+    write_task(tmp_path / "data", "MNLI")
+    assert finetune("MNLI") == 0
+    assert not archive.exists()
+    write_task(tmp_path / "data", "MNLI", test=4)
+    assert finetune("MNLI") == 0
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "(without QNLI, QQP, RTE, SST-2, MRPC, CoLA, STS-B, WNLI)" in error
+    with zipfile.ZipFile(archive) as files_of:
+        lines = files_of.read("AX.tsv").decode().splitlines()
+    assert lines[0] == "index\tprediction"
+    assert {line.split("\t")[1] for line in lines[1:]} <= set(MNLI_CLASSES)
+    assert len(lines) == 5
 
 
 def test_a_killed_grid_goes_on_and_ends_as_if_it_had_not_been(
@@ -290,6 +313,7 @@ def test_the_best_setting_has_the_highest_mean_over_its_seeds() -> None:
         (["--name", ".."], "name: expected a name that a folder can have, got '..'"),
         (["--devices", "tpu"], "device: expected cpu, cuda or cuda:N, got 'tpu'"),
         (["--data", "nowhere"], "data: expected a folder with RTE/train.tsv, got nowhere"),
+        (["--model", "no/model"], "model: expected a folder or a hub id, got 'no/model' (the hub"),
     ],
 )
 def test_bad_arguments_are_one_line(
@@ -304,6 +328,17 @@ def test_bad_arguments_are_one_line(
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_no_option_is_named_that_the_command_does_not_have(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_task(tmp_path / "data", "RTE") / "RTE" / "train.tsv"
+    path.write_bytes(path.read_bytes() + "caf\xe9".encode("latin-1"))
+    assert finetune("RTE") == 2
+    error = capsys.readouterr().err
+    assert "train.tsv:26: expected UTF-8, got byte 0xe9 at column 4" in error
+    assert "--errors" not in error
 
 
 def test_without_data_and_network_the_files_to_pass_are_named(

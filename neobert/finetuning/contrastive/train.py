@@ -109,7 +109,7 @@ def _begin(output: Path, identity: Mapping[str, Any], restart: bool) -> None:
         if any(output.iterdir()):
             raise InputError(f"output: expected an empty folder or an earlier run, got {output}")
         content = {"kind": KIND, "version": VERSION, **identity}
-        files.write_atomically(path, json.dumps(content, indent=1) + "\n")
+        files.write_object(path, content)
         return
     try:
         before = dict(json.loads(path.read_bytes()))

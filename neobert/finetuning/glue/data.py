@@ -64,9 +64,9 @@ class TaskData:
 
     @property
     def sizes(self) -> dict[str, int]:
-        named = {"dev": self.dev, "test": self.test}
-        parts = {f"{k} {n}".strip(): len(s) for k, v in named.items() for n, s in v.items()}
-        return {"train": len(self.train), **parts}
+        """Of what decides the scores: a test set may come later, or change."""
+        dev = {f"dev {name}".strip(): len(split) for name, split in self.dev.items()}
+        return {"train": len(self.train), **dev}
 
 
 def load(task: Task, folder: Path | None) -> TaskData:

@@ -17,23 +17,30 @@ def load_hub(task: Task) -> TaskData:
         InputError: ``datasets`` is not installed, the hub cannot be reached, or the data set has
             other columns or labels than expected.
     """
-    splits = _download(task)
+    splits = _download(task, task.hub)
     notes: list[str] = []
 
-    def read(split: str, labelled: bool = True) -> Split:
+    def read(split: str) -> Split:
         if split not in splits:
             raise InputError(f"data: expected a split {split!r} in {HUB}, got {', '.join(splits)}")
-        return _split(task, splits[split], split, notes, labelled)
+        return _split(task, splits[split], f"{task.hub} {split}", notes)
 
     train = read("train")
     dev = {part.name: read(part.hub) for part in task.dev}
-    test = {
-        part.name: read(part.hub, labelled=False) for part in task.test_parts if part.hub in splits
-    }
+    test = {}
+    for part in task.test_parts:
+        try:
+            found = _download(task, part.hub_config) if part.hub_config else splits
+        except InputError as error:
+            notes.append(f"no predictions of {part.submission}: {error}")
+            continue
+        if part.hub in found:
+            where = f"{part.hub_config or task.hub} {part.hub}"
+            test[part.name] = _split(task, found[part.hub], where, notes, labelled=False)
     return TaskData(train, dev, test, tuple(notes))
 
 
-def _download(task: Task) -> Any:
+def _download(task: Task, config: str) -> Any:
     files = ", ".join(["train.tsv", *(f"{part.file}.tsv" for part in task.dev)])
     instead = f"pass --data DIR with {files} in DIR/{task.name}"
     try:
@@ -43,21 +50,21 @@ def _download(task: Task) -> Any:
         raise InputError(f"data: expected {rule}, got none; or {instead}") from None
     shown = datasets.utils.logging.is_progress_bar_enabled()
     try:
-        return datasets.load_dataset(HUB, task.hub)
+        return datasets.load_dataset(HUB, config)
     # Whatever goes wrong on a network comes as one of these; so does a hub that is switched off.
     except (OSError, ValueError, RuntimeError) as error:
         offline = "" if not os.environ.get("HF_HUB_OFFLINE") else " (HF_HUB_OFFLINE is set)"
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise InputError(
-            f"data: expected {HUB}, {task.hub!r}, from the hub, got {reason}{offline}; {instead}"
+            f"data: expected {HUB}, {config!r}, from the hub, got {reason}{offline}; {instead}"
         ) from None
     finally:
         if shown:
             datasets.utils.logging.enable_progress_bar()
 
 
-def _split(task: Task, rows: Any, name: str, notes: list[str], labelled: bool) -> Split:
-    where = f"{HUB} {task.hub} {name}"
+def _split(task: Task, rows: Any, name: str, notes: list[str], labelled: bool = True) -> Split:
+    where = f"{HUB} {name}"
     for column in (*task.hub_texts, "label"):
         if column not in rows.column_names:
             got = ", ".join(rows.column_names)

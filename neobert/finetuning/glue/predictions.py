@@ -1,5 +1,7 @@
 """Predictions of the test sets, in the form that the benchmark's site takes."""
 
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import numpy as np
 from neobert import files
 from neobert.finetuning.glue.runs import Run
 from neobert.finetuning.glue.sweep import Sweep, predictions_of, tokens_of
-from neobert.finetuning.glue.tasks import Task
+from neobert.finetuning.glue.tasks import SUBMISSION, Task
 from neobert.finetuning.training import predict
 
 HEADER = "index\tprediction\n"
@@ -52,3 +54,23 @@ def submission(task: Task, ids: list[str], predictions: np.ndarray) -> str:
 
     rows = [f"{i}\t{shown(value)}\n" for i, value in zip(ids, predictions, strict=True)]
     return HEADER + "".join(rows)
+
+
+def write_submission(folder: Path) -> tuple[Path, list[str]] | None:
+    """Put all predictions of the model in ``folder`` into one archive, as the site takes them.
+
+    Returns:
+        The archive, and the names of the benchmark's files that are not there yet; None where
+        there are no predictions at all.
+    """
+    found = {path.name: path for path in sorted(folder.glob("*/predictions/*.tsv"))}
+    if not found:
+        return None
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, path in sorted(found.items()):
+            # A fixed date: the same predictions are the same archive.
+            archive.writestr(zipfile.ZipInfo(name), path.read_bytes(), zipfile.ZIP_DEFLATED)
+    path = folder / "submission.zip"
+    files.write_atomically(path, content.getvalue())
+    return path, [name for name in SUBMISSION if f"{name}.tsv" not in found]

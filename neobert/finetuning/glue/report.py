@@ -11,7 +11,7 @@ from neobert.finetuning.glue.sweep import best_points, mean_score
 from neobert.finetuning.glue.tasks import AVERAGED, TASKS
 from neobert.finetuning.schedule import Setting
 from neobert.readers import InputError
-from neobert.tables import Table, html_page
+from neobert.tables import Section, Table, html_page, markdown_page
 
 NOT_RUN, UNDEFINED, NOTHING = "not run", "undefined", ""
 COLUMNS = ("MNLI", "QNLI", "QQP", "RTE", "SST-2", "MRPC", "CoLA", "STS-B")
@@ -48,16 +48,17 @@ class Result:
 Results = dict[tuple[str, str], dict[str, Result]]
 
 
-def collect(root: Path) -> Results:
-    """All results under ``root``.
+def collect(*roots: Path) -> Results:
+    """All results under ``roots``.
 
     Raises:
         InputError: No such folder, or two folders hold the same model, grid and task.
     """
-    if not root.is_dir():
-        raise InputError(f"runs: expected a folder of neobert finetune glue, got {root}")
+    for root in roots:
+        if not root.is_dir():
+            raise InputError(f"runs: expected a folder of neobert finetune glue, got {root}")
     found: Results = {}
-    for run in find_runs(root):
+    for run in find_runs(*roots):
         key = run.identity["name"], run.identity["grid"]
         task = run.identity["task"]
         tasks = found.setdefault(key, {})
@@ -94,12 +95,16 @@ def _cell(result: Result | None) -> str:
     return UNDEFINED if result.percent is None else f"{result.percent:.1f}"
 
 
-def _average(tasks: Mapping[str, Result]) -> str:
+def average(tasks: Mapping[str, Result]) -> tuple[float | None, int]:
+    """Of all eight tasks, None for fewer; and how many have a score."""
     percents = [tasks[name].percent for name in COLUMNS if name in tasks]
     known = [value for value in percents if value is not None]
-    if len(known) < len(COLUMNS):
-        return f"{len(known)} of {len(COLUMNS)} tasks"
-    return f"{sum(known) / len(known):.1f}"
+    return (sum(known) / len(known) if len(known) == len(COLUMNS) else None), len(known)
+
+
+def _average(tasks: Mapping[str, Result]) -> str:
+    value, count = average(tasks)
+    return f"{count} of {len(COLUMNS)} tasks" if value is None else f"{value:.1f}"
 
 
 def settings_table(results: Results) -> Table:
@@ -159,39 +164,36 @@ def _made_with(points: Sequence[Point]) -> str:
 
 
 def markdown(results: Results) -> str:
-    return "\n".join(
-        [
-            "# GLUE",
-            "",
-            NOTE,
-            "",
-            scores_table(results).markdown(),
-            "",
-            "## How our numbers were made",
-            "",
-            settings_table(results).markdown() if results else "Nothing has been run.",
-            "",
-        ]
-    )
+    return markdown_page("GLUE", NOTE, sections(results))
+
+
+def sections(results: Results, picture: Path | None = None) -> list[Section]:
+    """The scores and how they were made, as parts of a page."""
+    made = "How our numbers were made"
+    if results:
+        details = Section(made, table=settings_table(results))
+    else:
+        details = Section(made, "Nothing has been run.")
+    return [Section("", table=scores_table(results), picture=picture), details]
 
 
 def write(results: Results, folder: Path) -> list[Path]:
     """``glue.md``, ``glue.html`` and, with matplotlib, ``glue.png``; the files written."""
     folder.mkdir(parents=True, exist_ok=True)
-    picture = _picture(results, folder / "glue.png") if results else None
-    tables = [("", scores_table(results))]
-    if results:
-        tables.append(("How our numbers were made", settings_table(results)))
+    picture = draw(results, folder / "glue.png")
+    page = html_page("GLUE", NOTE, sections(results, picture))
     files.write_atomically(folder / "glue.md", markdown(results))
-    files.write_atomically(folder / "glue.html", html_page("GLUE", NOTE, tables, picture))
+    files.write_atomically(folder / "glue.html", page)
     written = [folder / "glue.md", folder / "glue.html"]
     return written + ([picture] if picture else [])
 
 
-def _picture(results: Results, path: Path) -> Path | None:
+def draw(results: Results, path: Path) -> Path | None:
     """Bars per task: each of our rows, and the paper's where it has the model."""
     from neobert import pictures
 
+    if not results:
+        return None
     series: dict[str, list[float | None]] = {}
     for (name, grid), tasks in sorted(results.items()):
         if name in PAPER:

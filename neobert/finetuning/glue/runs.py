@@ -76,7 +76,7 @@ class Run:
                 )
             else:
                 content = {"kind": KIND, "version": VERSION, **as_read}
-                files.write_atomically(path, json.dumps(content, indent=1) + "\n")
+                files.write_object(path, content)
             (folder / "points").mkdir(exist_ok=True)
             _recover_best(folder)
         return cls(folder, as_read)
@@ -106,7 +106,7 @@ class Run:
 
     def record(self, setting: Setting, result: Mapping[str, Any]) -> None:
         content = {"version": VERSION, "setting": asdict(setting), **result}
-        files.write_atomically(self._path(setting), json.dumps(content, indent=1) + "\n")
+        files.write_object(self._path(setting), content)
 
     def keep_best(
         self, setting: Setting, score: float | None, save: Callable[[Path], None]
@@ -127,7 +127,7 @@ class Run:
             staged.mkdir()
             save(staged)
             content = {"setting": asdict(setting), "score": score, "name": setting.name}
-            files.write_atomically(staged / "point.json", json.dumps(content, indent=1) + "\n")
+            files.write_object(staged / "point.json", content)
             for path in staged.iterdir():
                 _sync(path)
             if best.exists():
@@ -140,11 +140,9 @@ class Run:
         return self.folder / "points" / f"{setting.name}.json"
 
 
-def find_runs(root: Path) -> Iterator[Run]:
-    """Every run under ``root``, by path."""
-    for path in sorted(root.rglob("run.json")):
-        if _read_json(path).get("kind") == KIND:
-            yield read_run(path.parent)
+def find_runs(*roots: Path) -> list[Run]:
+    """Every run under ``roots``, by path."""
+    return [read_run(folder) for folder in files.find_runs(KIND, *roots)]
 
 
 def read_run(folder: Path) -> Run:
@@ -154,7 +152,7 @@ def read_run(folder: Path) -> Run:
         InputError: Its ``run.json`` cannot be read, or is of another kind.
     """
     path = folder / "run.json"
-    content = _read_json(path)
+    content = files.read_object(path)
     if content.pop("kind", None) != KIND or content.pop("version", None) != VERSION:
         raise InputError(f"{path}: expected a run of neobert finetune glue, got another file")
     return Run(folder, content)
@@ -163,25 +161,15 @@ def read_run(folder: Path) -> Run:
 def read_best(folder: Path) -> dict[str, Any] | None:
     """``name``, ``setting`` and ``score`` of the model in ``best``."""
     path = folder / "best" / "point.json"
-    return _read_json(path) if path.exists() else None
+    return files.read_object(path) if path.exists() else None
 
 
 def _read_point(path: Path) -> Point:
-    content = _read_json(path)
+    content = files.read_object(path)
     try:
         return Point(Setting(**content.pop("setting")), content)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: expected a point's result, got {one_line(error)}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError(f"a {type(content).__name__}")
-    except (RecursionError, ValueError) as error:
-        raise InputError(f"{path}: expected a JSON object, got {one_line(error)}") from None
-    return content
 
 
 def _is_better(setting: Setting, score: float, before: Mapping[str, Any]) -> bool:

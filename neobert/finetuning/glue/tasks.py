@@ -4,6 +4,7 @@ Labels are numbered as in the hub's ``nyu-mll/glue``.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from neobert.readers import InputError
 
@@ -21,12 +22,21 @@ class Part:
         file: Its ``.tsv`` file, without the ending.
         hub: Its split on the hub.
         submission: The name of its predictions' file, without the ending.
+        hub_config: The hub's configuration, where it is not its task's.
+        elsewhere: Other places of the file, from the folder that the task's folder is in.
     """
 
     name: str
     file: str
     hub: str
     submission: str = ""
+    hub_config: str = ""
+    elsewhere: tuple[str, ...] = ()
+
+    def find(self, folder: Path) -> Path | None:
+        """Its file, if there is one for the task in ``folder``."""
+        places = [folder / f"{self.file}.tsv", *(folder.parent / name for name in self.elsewhere)]
+        return next((path for path in places if path.is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class Task:
 _PAIR = ("sentence1", "sentence2")
 _QUESTIONS = ("question1", "question2")
 _STRINGS = ("#1 String", "#2 String")
+_DIAGNOSTICS = ("diagnostic/diagnostic.tsv", "AX/AX.tsv", "AX.tsv")
 
 # In the order of the paper's table, which has MNLI first: others start from it.
 TASKS = {
@@ -98,6 +109,8 @@ TASKS = {
             test=(
                 Part("m", "test_matched", "test_matched", "MNLI-m"),
                 Part("mm", "test_mismatched", "test_mismatched", "MNLI-mm"),
+                # The benchmark's diagnostics, which a submission predicts with the MNLI model.
+                Part("ax", "AX", "test", "AX", "ax", _DIAGNOSTICS),
             ),
             spelled=True,
         ),
@@ -160,6 +173,7 @@ TASKS = {
 }
 
 AVERAGED = tuple(name for name, task in TASKS.items() if task.averaged)
+SUBMISSION = tuple(part.submission for task in TASKS.values() for part in task.test_parts)
 LOWEST_SCORE, HIGHEST_SCORE = 0.0, 5.0  # of STS-B
 
 

@@ -36,9 +36,9 @@ def load_folder(task: Task, folder: Path) -> TaskData:
     train = _read(folder / "train.tsv", task, notes)
     dev = {part.name: _read(folder / f"{part.file}.tsv", task, notes) for part in task.dev}
     test = {
-        part.name: _read(folder / f"{part.file}.tsv", task, notes, labelled=False)
+        part.name: _read(path, task, notes, labelled=False)
         for part in task.test_parts
-        if (folder / f"{part.file}.tsv").is_file()
+        if (path := part.find(folder)) is not None
     }
     return TaskData(train, dev, test, tuple(notes))
 
