@@ -37,7 +37,9 @@ def fake(
         (pids / f"{os.getpid()}-{done}").touch()
         if next(windows) == hold:
             with contextlib.suppress(FileExistsError):
-                (pids / "held").touch(exist_ok=False)
+                mine = pids / f"{os.getpid()}.held"
+                mine.write_text(str(os.getpid()))
+                os.link(mine, pids / "held")
                 time.sleep(600)
 
     return FakeEncoder(after_window=tell)

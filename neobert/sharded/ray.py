@@ -105,8 +105,7 @@ def _results(
             compute=ray.data.ActorPoolStrategy(
                 size=min(workers, len(tasks)), max_tasks_in_flight_per_actor=1
             ),
-            max_restarts=-1,
-            max_task_retries=RETRIES,
+            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": RETRIES},
             **({"num_gpus": 1} if on_gpu else {"num_cpus": threads}),
         )
         yield from results.iter_rows()

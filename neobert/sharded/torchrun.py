@@ -42,17 +42,18 @@ def run(job: Job) -> Summary | None:
             f"engine: expected to be started by torchrun, got no {missing[0]}; "
             "torchrun --nproc-per-node GPUS -m neobert encode --engine torchrun ..."
         )
-    from torch.distributed import rendezvous
+    from torch.distributed import PrefixStore, rendezvous
 
+    # torchrun may start all ranks again, and its store outlives them.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store, rank, world = next(rendezvous("env://", timeout=LONG))
+    store = PrefixStore(f"neobert encode {attempt}", store)
     if rank > 0:
         _follow(job, store, world)
         return None
     try:
-        # torchrun may start all ranks again; what the attempt before has finished is kept.
-        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         source = job.source()
-        with job.prepared(source, first) as folder:
+        with job.prepared(source, first=attempt == "0") as folder:
             run, todo = Run(), folder.unfinished()
             store.set("begun", "work" if todo else "nothing")
             if todo:
