@@ -1,4 +1,4 @@
-"""`neobert encode` from file to file against the bare forward, and Ray's workers against one process.
+"""`neobert encode` from file to file against the bare forward, and Ray's workers against local.
 
 The command's time runs from the loaded model to the manifest: both are files that it writes. The
 bare forward gets the same windows already tokenized, and its embeddings go nowhere.

@@ -111,6 +111,12 @@ class ShardFolder:
         """Numbers of the shards that are not there, or damaged."""
         return [n for n in range(len(self.plan)) if self.record(self.plan[n]) is None]
 
+    def attempts(self, shard: Shard) -> int:
+        """How often this has been called for the shard, by any process of this run."""
+        with writing(self.path), open(self.path / f"_{self.part(shard).name}.tries.new", "ab") as f:
+            f.write(b".")
+            return f.tell()
+
     def agree(self, encoder: Mapping[str, Any]) -> None:
         """Compare this process's encoder with the first one that worked on this job.
 

@@ -17,7 +17,7 @@ from neobert.readers import InputError
 from neobert.sharded.folder import ShardFolder
 from neobert.sharded.job import Job, Run, Summary
 
-RETRIES = 5  # of a task whose worker died; preempted machines are few per task
+MOST_ATTEMPTS = 6  # Ray repeats the task of a dead worker for ever, even one that kills its worker
 # Between two tasks a worker has nothing to read ahead, so a task is several shards; but the last
 # tasks should end together, so each worker gets a few.
 MOST_SHARDS_PER_TASK, TASKS_PER_WORKER = 8, 4
@@ -37,6 +37,11 @@ class Worker:
         shards = [self._folder.plan[int(number)] for number in numbers.split()]
         counts, error, kind = Run(), "", ""
         try:
+            if self._folder.attempts(shards[0]) > MOST_ATTEMPTS:
+                raise OutputError(
+                    f"{self._job.output}: gave up on shards {numbers}, whose worker died "
+                    f"{MOST_ATTEMPTS} times; finished shards are kept"
+                )
             if self._encoder is None:
                 self._encoder = self._job.encoder(self._folder, self._device, self._threads)
             for _ in self._job.work(self._encoder, self._source, self._folder, shards, counts.add):
@@ -105,7 +110,6 @@ def _results(
             compute=ray.data.ActorPoolStrategy(
                 size=min(workers, len(tasks)), max_tasks_in_flight_per_actor=1
             ),
-            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": RETRIES},
             **({"num_gpus": 1} if on_gpu else {"num_cpus": threads}),
         )
         yield from results.iter_rows()
@@ -122,8 +126,9 @@ def _tasks(todo: list[int], workers: int) -> list[list[int]]:
 def _cluster() -> Iterator[Any]:
     """Ray, connected; what is started here is stopped."""
     try:
-        # Not a word to anyone outside, and no metrics agent, from a cluster of our own.
+        # A cluster of our own reports to nobody, and does not explain itself to our users.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         import ray
         import ray.data
     except ImportError:
@@ -132,11 +137,11 @@ def _cluster() -> Iterator[Any]:
         ) from None
     ours = not ray.is_initialized()
     if ours:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         yield ray
     finally:

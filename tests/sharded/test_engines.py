@@ -11,6 +11,7 @@ import texts
 from encoders import ENCODERS, randomized
 
 from neobert.cli import main
+from neobert.sharded import ray
 
 TEXTS = [f"text {i} " + "word " * (i % 7) for i in range(90)]
 
@@ -125,7 +126,10 @@ def test_ranks_that_cannot_begin_say_it_once(
 
 
 def test_more_threads_give_the_same_bytes(
-    local: tuple[Path, dict[str, bytes]], model: Path, tmp_path: Path, monkeypatch
+    local: tuple[Path, dict[str, bytes]],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source, expected = local
     monkeypatch.setattr("os.cpu_count", lambda: 8)
@@ -157,6 +161,27 @@ def test_a_ray_worker_killed_by_signal_9_loses_no_row(
     assert runs.parts(tmp_path / "out") == whole
     assert len(workers(pids)) == 3
     assert "encoded 90 texts" in said
+
+
+def test_a_task_that_kills_its_workers_is_given_up(source: Path, tmp_path: Path) -> None:
+    """Each attempt is a new worker; here it lives on, and only the count is looked at."""
+    job = runs.job(source, tmp_path / "out")
+    with job.prepared(job.source()) as folder:
+        errors = [
+            str(ray.Worker(job, None, None)({"shards": ["3 4"]})["error"][0])
+            for _ in range(ray.MOST_ATTEMPTS + 1)
+        ]
+        assert errors[:-1] == [""] * ray.MOST_ATTEMPTS
+        assert "gave up on shards 3 4, whose worker died 6 times" in errors[-1]
+        assert folder.unfinished() == [0, 1, 2, *range(5, 12)]
+
+
+@pytest.mark.parametrize(("shards", "workers"), [(1, 4), (7, 2), (1000, 2), (100_000, 512)])
+def test_every_shard_is_in_one_task(shards: int, workers: int) -> None:
+    tasks = ray._tasks([*range(shards)], workers)
+    assert [number for task in tasks for number in task] == [*range(shards)]
+    assert len(tasks) >= min(shards, ray.TASKS_PER_WORKER * workers)
+    assert max(map(len, tasks)) <= ray.MOST_SHARDS_PER_TASK
 
 
 def test_ray_leaves_the_bytes_of_one_process_and_says_errors_in_one_line(
