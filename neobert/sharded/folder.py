@@ -153,7 +153,7 @@ class ShardFolder:
                 )
             parts.append({"file": self.part(shard).name, "first": shard.first, "rows": shard.rows})
             tokens, truncated = tokens + record["tokens"], truncated + record["truncated"]
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": "neobert-embeddings",
             "version": VERSION,
             **{key: self.job[key] for key in ("model", "revision") if key in self.job},

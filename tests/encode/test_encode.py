@@ -72,6 +72,41 @@ def test_windows_and_batches_do_not_change_rows_or_their_order(encoder):
     assert np.abs(rows - whole).max() < 1e-6
 
 
+@pytest.mark.parametrize("texts", [40, 64, 200])
+def test_the_batches_of_a_stream_do_not_depend_on_the_threads(encoder, monkeypatch, texts):
+    """And so its numbers do not: other batches may round otherwise."""
+    seen = []
+
+    def forward(ids, lengths):
+        seen.append((ids.tolist(), lengths))
+        return np.zeros((len(lengths), encoder.dim), np.float32)
+
+    monkeypatch.setattr(encoder, "_forward", forward)
+    found = []
+    for threads in (1, 5):
+        monkeypatch.setattr(encoder, "threads", threads)
+        list(encoder.stream((f"word {i} " * (1 + i % 30) for i in range(texts)), window=64))
+        found.append(sorted(seen))
+        seen.clear()
+    assert found[0] == found[1]
+    assert sum(len(lengths) for _, lengths in found[0]) == texts
+
+
+def test_workers_go_on_to_the_next_window_before_one_has_ended(encoder, monkeypatch):
+    second = threading.Event()
+
+    def forward(ids, lengths):
+        if len(ids) == 3:  # "one", between [CLS] and [SEP]
+            assert second.wait(60)
+        else:
+            second.set()
+        return np.zeros((1, encoder.dim), np.float32)
+
+    monkeypatch.setattr(encoder, "_forward", forward)
+    monkeypatch.setattr(encoder, "threads", 2)
+    assert len(list(encoder.stream(["one", "one two"], window=1))) == 2
+
+
 def test_tokens_and_truncated_texts_are_counted(encoder):
     seen = []
     (chunk,) = encoder.stream(TEXTS, progress=lambda *counts: seen.append(counts))
