@@ -1,11 +1,13 @@
 """Texts to embeddings: a patched encoder, batches by token budget, one worker per core on a CPU.
 
-Texts are taken in windows. A window is tokenized while the one before it runs, sorted by length,
-cut into batches of about ``max_tokens`` real tokens, and given back in the order it came.
+Texts are taken in windows. A window is read and tokenized while the ones before it run, sorted by
+length, cut into batches of about ``max_tokens`` real tokens, and given back in the order it came.
+Batches are cut from a window alone, never from the number of threads, and so are the numbers.
 """
 
 import itertools
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +43,12 @@ MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 SMALLEST_BATCH = 128  # tokens; below, a matrix product costs more than its share
 
+# The batches of a stream's last window shrink, as if for so many workers, to let them end together.
+LAST_BATCHES = 4
+
+# Windows that are in memory at a time: one runs, one waits tokenized, one is read.
+WINDOWS_AHEAD = 3
+
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
@@ -61,9 +69,37 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class _Window:
+    """Token ids of texts, one after the other, and where each begins."""
+
     start: int
-    ids: list[list[int]]
+    tokens: np.ndarray
+    bounds: np.ndarray
     truncated: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.bounds)
+
+    def ids(self, rows: Sequence[int]) -> np.ndarray:
+        """The token ids of some texts, packed."""
+        bounds = self.bounds
+        return np.concatenate([self.tokens[bounds[row] : bounds[row + 1]] for row in rows])
+
+
+@dataclass(eq=False)
+class _Running:
+    """A window whose batches are with the workers."""
+
+    window: _Window
+    embeddings: np.ndarray
+    batches: list[Future[None]]
+
+    def chunk(self) -> Chunk:
+        """Wait for the batches."""
+        for batch in self.batches:
+            batch.result()
+        window = self.window
+        return Chunk(window.start, self.embeddings, len(window.tokens), window.truncated)
 
 
 @dataclass(eq=False)
@@ -201,58 +237,120 @@ class Encoder:
         """
         if isinstance(texts, str):
             raise ValueError("texts: expected a sequence of strings, got one string")
-        chunks = [chunk.embeddings for chunk in self.stream(texts, progress=progress)]
-        return np.concatenate([np.empty((0, self.dim), np.float32), *chunks])
+        windows = (texts[i : i + WINDOW] for i in range(0, len(texts), WINDOW))
+        chunks = self._chunks(windows, WINDOW, progress, max(LAST_BATCHES, 2 * self.threads))
+        return np.concatenate(
+            [np.empty((0, self.dim), np.float32), *(chunk.embeddings for chunk in chunks)]
+        )
 
     def stream(
         self, texts: Iterable[str], window: int = WINDOW, progress: Progress | None = None
     ) -> Iterator[Chunk]:
         """Embed texts that need not fit in memory: one `Chunk` per ``window`` of them, in order.
 
-        One window is read ahead. An error raised by ``texts`` comes after the chunks before it.
+        Two windows are read ahead. An error raised by ``texts`` comes after the chunks before it.
         """
         if window < 1:
             raise ValueError(f"window: expected at least 1, got {window}")
         source = iter(texts)
-        with ThreadPoolExecutor(1, "neobert-tokenize") as ahead, _workers(self) as run:
-            following: Future[_Window] = ahead.submit(self._read, source, 0, window)
-            while (current := following.result()).ids:
-                start = current.start + len(current.ids)
-                following = ahead.submit(self._read, source, start, window)
-                yield self._embed(current, run, progress)
+        windows = iter(lambda: list(itertools.islice(source, window)), [])
+        return self.stream_windows(windows, window, progress)
 
-    def _read(self, source: Iterator[str], start: int, window: int) -> _Window:
-        texts = list(itertools.islice(source, window))
+    def stream_windows(
+        self,
+        windows: Iterable[Sequence[str]],
+        window: int = WINDOW,
+        progress: Progress | None = None,
+    ) -> Iterator[Chunk]:
+        """`stream` of texts that the caller has cut into windows, none of them empty.
+
+        The embeddings of a window are the same bits whatever is before and behind it.
+
+        Args:
+            windows: Each at most ``window`` texts; taken in a thread of its own, two ahead.
+            window: Texts of a whole window; the batches of a smaller one shrink at its end.
+            progress: Called with the texts and real tokens of each finished batch.
+        """
+        return self._chunks(windows, window, progress, LAST_BATCHES)
+
+    def _chunks(
+        self,
+        windows: Iterable[Sequence[str]],
+        size: int,
+        progress: Progress | None,
+        last_batches: int,
+    ) -> Iterator[Chunk]:
+        # A thread reads, tokenizes and hands batches to the workers, which so never wait for it at
+        # the end of a window; what it has begun waits here in order.
+        begun: queue.SimpleQueue[_Running | BaseException | None] = queue.SimpleQueue()
+        room = threading.Semaphore(WINDOWS_AHEAD - 1)
+        closed = threading.Event()
+
+        def read() -> None:
+            try:
+                start = 0
+                for texts in windows:
+                    window = self._tokenize(texts, start)
+                    start += len(texts)
+                    room.acquire()
+                    if closed.is_set():
+                        return
+                    least = last_batches if len(texts) < size else 0
+                    begun.put(self._begin(window, submit, least, progress))
+                begun.put(None)
+            except BaseException as error:
+                begun.put(error)
+
+        with _workers(self) as submit, ThreadPoolExecutor(1, "neobert-tokenize") as ahead:
+            ahead.submit(read)
+            try:
+                while (running := begun.get()) is not None:
+                    if isinstance(running, BaseException):
+                        raise running
+                    chunk = running.chunk()
+                    room.release()
+                    yield chunk
+            finally:
+                closed.set()
+                room.release()
+
+    def _tokenize(self, texts: Sequence[str], start: int) -> _Window:
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(
                     f"texts: expected strings, got {type(text).__name__} at {start + i}"
                 )
-        if not texts:
-            return _Window(start, [], 0)
-        prompted = (
-            [self.settings.prompt + text for text in texts] if self.settings.prompt else texts
-        )
-        return _Window(start, *token_ids(self.tokenizer, prompted, self.max_length, start))
+        prompt = self.settings.prompt
+        prompted = [prompt + text for text in texts] if prompt else texts
+        ids, truncated = token_ids(self.tokenizer, prompted, self.max_length, start)
+        bounds = np.fromiter(itertools.accumulate(map(len, ids), initial=0), np.int64)
+        tokens = np.fromiter(itertools.chain.from_iterable(ids), np.int64, bounds[-1])
+        return _Window(start, tokens, bounds, truncated)
 
-    def _embed(self, window: _Window, run: Callable, progress: Progress | None) -> Chunk:
-        embeddings = np.empty((len(window.ids), self.dim), np.float32)
+    def _begin(
+        self, window: _Window, submit: Callable, last_batches: int, progress: Progress | None
+    ) -> _Running:
+        lengths = window.lengths.tolist()
+        embeddings = np.empty((len(lengths), self.dim), np.float32)
 
         def work(rows: list[int]) -> None:
-            embeddings[rows] = self._forward([window.ids[row] for row in rows])
+            embeddings[rows] = self._forward(window.ids(rows), [lengths[row] for row in rows])
             if progress is not None:
-                progress(len(rows), sum(len(window.ids[row]) for row in rows))
+                progress(len(rows), sum(lengths[row] for row in rows))
 
-        run(work, list(self._batches([len(ids) for ids in window.ids])))
-        return Chunk(window.start, embeddings, sum(map(len, window.ids)), window.truncated)
+        batches = self._batches(lengths, last_batches)
+        return _Running(window, embeddings, [submit(work, rows) for rows in batches])
 
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Rows of each batch, longest texts first: equal lengths meet, and no straggler is last."""
+    def _batches(self, lengths: list[int], last_batches: int = 0) -> Iterator[list[int]]:
+        """Rows of each batch, longest texts first: equal lengths meet, and no straggler is last.
+
+        Where nothing follows, the batches shrink at the end to about that many of equal size.
+        """
         rows: list[int] = []
-        tokens, left, workers = 0, sum(lengths), 2 * self.threads
+        tokens, left, budget = 0, sum(lengths), self.max_tokens
         for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-            # The last batches shrink, so that the workers finish together.
-            budget = min(self.max_tokens, max(left // workers, SMALLEST_BATCH))
+            if last_batches:
+                budget = min(self.max_tokens, max(left // last_batches, SMALLEST_BATCH))
             if rows and tokens + lengths[row] > budget:
                 yield rows
                 rows, tokens, left = [], 0, left - tokens
@@ -262,12 +360,12 @@ class Encoder:
             yield rows
 
     @torch.inference_mode()
-    def _forward(self, ids: list[list[int]]) -> np.ndarray:
-        """``[n, dim]`` for the token ids of one batch."""
-        tokens = torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64)
-        bounds = list(itertools.accumulate(map(len, ids), initial=0))
+    def _forward(self, ids: np.ndarray, lengths: list[int]) -> np.ndarray:
+        """``[n, dim]`` for the packed token ids of one batch."""
+        tokens = torch.from_numpy(ids)
+        bounds = list(itertools.accumulate(lengths, initial=0))
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-        longest = max(map(len, ids))
+        longest = max(lengths)
         if self.report is None:
             x = self._padded(tokens, cu_seqlens, longest)
         else:
@@ -295,50 +393,29 @@ class Encoder:
 
 
 @contextmanager
-def _workers(encoder: Encoder) -> Iterator[Callable]:
-    """``run(work, batches)``: in parallel on a CPU, one single-threaded worker per thread.
+def _workers(encoder: Encoder) -> Iterator[Callable[..., Future]]:
+    """``submit(work, batch)``: on a CPU to one single-threaded worker per thread, else to one.
 
     Whole batches side by side beat one batch on all threads: no barrier after every operator.
     """
-    if encoder.device.type != "cpu" or encoder.threads == 1:
-        previous = torch.get_num_threads()
-        torch.set_num_threads(encoder.threads)
-
-        def in_turn(work: Callable, batches: list) -> None:
-            for batch in batches:
-                work(batch)
-
-        try:
-            yield in_turn
-        finally:
-            torch.set_num_threads(previous)
-        return
-
-    started = threading.Barrier(encoder.threads + 1)
+    on_cpu = encoder.device.type == "cpu"
+    count, threads = (encoder.threads, 1) if on_cpu else (1, encoder.threads)
+    started = threading.Barrier(count + 1)
     previous = torch.get_num_threads()
 
     def start() -> None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
+        if not on_cpu:
+            torch.cuda.set_device(encoder.device)
         started.wait()
 
-    pool = ThreadPoolExecutor(encoder.threads, "neobert-encode")
+    pool = ThreadPoolExecutor(count, "neobert-encode")
     try:
-        for _ in range(encoder.threads):
+        for _ in range(count):
             pool.submit(start)
         started.wait()
         torch.set_num_threads(previous)  # the setting is per thread, its default is global
-
-        def side_by_side(work: Callable, batches: list) -> None:
-            futures = [pool.submit(work, batch) for batch in batches]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                for future in futures:
-                    future.cancel()
-                raise
-
-        yield side_by_side
+        yield pool.submit
     finally:
         pool.shutdown(cancel_futures=True)
 

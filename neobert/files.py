@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,26 @@ def find_runs(kind: str, *roots: Path) -> list[Path]:
     return [path.parent for path in paths.values() if read_object(path).get("kind") == kind]
 
 
+def write_once(path: Path, content: str) -> str:
+    """Write a small file unless it is there; the content that stands there, whoever wrote it."""
+    if not path.exists():
+        staged = path.with_name(f"{path.name}.{process_name()}.new")
+        staged.write_text(content, encoding="utf-8")
+        try:
+            os.link(staged, path)  # fails if another process was first
+            staged.unlink()
+        except FileExistsError:
+            staged.unlink()
+        except OSError:  # no hard links here: the last one wins
+            os.replace(staged, path)
+    return path.read_text(encoding="utf-8")
+
+
+def process_name() -> str:
+    """A name that no other process has at the same time, on any machine."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
 def write_all(file: BinaryIO, data: memoryview) -> None:
     """Unbuffered files may take only a part at a time, and do so on a full disk."""
     while data:
@@ -80,9 +101,9 @@ def replace_folder(new: Path, folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def lock(folder: Path, name: str = "output") -> BinaryIO:
+def lock(folder: Path, name: str = "output", file_name: str = "lock") -> BinaryIO:
     """Hold the folder until the process ends, however it ends."""
-    file = try_lock(folder / "lock")
+    file = try_lock(folder / file_name)
     if file is None:
         raise InputError(f"{name}: expected one job in {folder}, got a second one")
     return file

@@ -11,10 +11,13 @@ Rules, the same on every platform:
 * ``.parquet``: every value of the string column ``column`` is a text.
 * A folder is read recursively in the order of its relative paths; hidden names are
   left out, and links to folders are not followed.
+* A pattern (``data/*.parquet``, ``**`` for any folders) stands for what matches, in the same order.
 * ``whole_files``: every ``.txt`` and ``.md`` file is one text, and its relative path is its id.
 """
 
+import glob
 import hashlib
+import itertools
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -76,39 +79,49 @@ class FileSource(Source):
 
     replayable = True
 
-    def __init__(self, root: Path, files: list[Path], options: ReadOptions) -> None:
-        self.name, self.options = str(root), options
-        self._root, self._files = root, files
+    def __init__(
+        self, root: Path, files: list[Path], options: ReadOptions, pattern: str = ""
+    ) -> None:
+        self.name, self.options = str(root / pattern), options
+        self._root, self.files, self._pattern = root, files, pattern
         self._readers = WHOLE_READERS if options.whole_files else READERS
 
     def rows(self, skip: int = 0) -> Iterator[Row]:
-        for path in self._files:
+        return self.rows_from(0, skip)
+
+    def rows_from(self, number: int, skip: int = 0, offset: int | None = None) -> Iterator[Row]:
+        """Every row of file ``number`` and those behind it, after the first ``skip`` ones.
+
+        With ``offset`` the skipped rows are all of that one file, and take so many bytes of it.
+        """
+        for path in self.files[number:]:
             reader = self._readers[path.suffix.lower()](path, self.options)
             try:
                 if skip:
-                    skip -= reader.skip(skip)
+                    skip -= reader.skip(skip, offset)
+                    offset = None
                 if skip:
                     continue
                 if self.options.whole_files:
-                    yield from (row._replace(id=self._label(path)) for row in reader)
+                    yield from (row._replace(id=self.label(path)) for row in reader)
                 else:
                     yield from reader
             finally:
                 reader.close()
 
-    def _label(self, path: Path) -> str:
+    def label(self, path: Path) -> str:
         """A name that does not depend on where the folder stands."""
         return path.name if path == self._root else path.relative_to(self._root).as_posix()
 
     def identity(self) -> dict[str, str | int]:
         digest, size = hashlib.sha256(), 0
-        for path in self._files:
+        for path in self.files:
             status = path.stat()
             size += status.st_size
-            digest.update(f"{self._label(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            digest.update(f"{self.label(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return {
-            "input": str(self._root.resolve()),
-            "input files": len(self._files),
+            "input": str(self._root.resolve() / self._pattern),
+            "input files": len(self.files),
             "input bytes": size,
             "input times": digest.hexdigest()[:16],
         }
@@ -117,7 +130,7 @@ class FileSource(Source):
 def open_source(
     path: str, options: ReadOptions | None = None, exclude: Collection[Path] = ()
 ) -> Source:
-    """Open a file, a folder, or standard input (``"-"``, read as lines).
+    """Open a file, a folder, a pattern, or standard input (``"-"``, read as lines).
 
     Args:
         path: What the user named.
@@ -132,12 +145,17 @@ def open_source(
         if options.has_ids:
             raise InputError("input: expected a file or folder for ids or whole files, got '-'")
         return StreamSource(sys.stdin.buffer, options)
-    root = Path(path)
+    root, pattern = Path(path), ""
     kinds = WHOLE_READERS if options.whole_files else READERS
     expected = ", ".join(kinds)
-    if not root.exists():
+    if not root.exists() and glob.has_magic(path):
+        files = _match(path, kinds, exclude)
+        if not files:
+            raise InputError(f"input: expected {expected} files to match, got none for {path}")
+        root, pattern = _plain_part(root)
+    elif not root.exists():
         raise InputError(f"input: expected an existing file or folder, got {path}")
-    if root.is_dir():
+    elif root.is_dir():
         files = _walk(root, kinds, exclude)
         if not files:
             raise InputError(f"input: expected {expected} files in the folder, got none in {path}")
@@ -159,7 +177,28 @@ def open_source(
             raise InputError(f"input: expected a readable file, got {file} (permission denied)")
     if options.id_column is not None and any(file.suffix.lower() == ".txt" for file in files):
         raise InputError(f"id-column: expected .jsonl or .parquet input, got .txt files in {path}")
-    return FileSource(root, files, options)
+    return FileSource(root, files, options, pattern)
+
+
+def _match(pattern: str, kinds: Collection[str], exclude: Collection[Path]) -> list[Path]:
+    """Files that match, and what is in folders that match, in the order of their paths."""
+    left_out = {path.resolve() for path in exclude}
+    found: set[Path] = set()
+    for path in map(Path, glob.iglob(pattern, recursive=True)):
+        place = path.resolve()
+        if not left_out.isdisjoint((place, *place.parents)):
+            continue
+        if path.is_dir():
+            found.update(_walk(path, kinds, exclude))
+        elif path.suffix.lower() in kinds and not _is_special(path):
+            found.add(path)
+    return sorted(found, key=lambda path: path.as_posix())
+
+
+def _plain_part(pattern: Path) -> tuple[Path, str]:
+    """The folder that a pattern names before its first wildcard, and the rest."""
+    plain = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+    return plain, pattern.relative_to(plain).as_posix()
 
 
 def _walk(root: Path, kinds: Collection[str], exclude: Collection[Path]) -> list[Path]:

@@ -78,14 +78,19 @@ def check_output(path: str, overwrite: bool = False, restart: bool = False) -> P
             f"output: expected a new file, got {path}, which exists (--overwrite replaces it)"
         )
     if output.suffix.lower() == ".parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError:
-            raise InputError(
-                "output: expected pyarrow to be installed for .parquet, got none; "
-                "pip install 'neobert-kernels[parquet]'"
-            ) from None
+        require_pyarrow("output")
     return output
+
+
+def require_pyarrow(argument: str) -> None:
+    """Raise `InputError` where pyarrow is missing."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError:
+        raise InputError(
+            f"{argument}: expected pyarrow to be installed for .parquet, got none; "
+            "pip install 'neobert-kernels[parquet]'"
+        ) from None
 
 
 def _check_partial(folder: Path) -> None:
@@ -439,10 +444,15 @@ def _writing(output: Path, folder: Path, rows: int) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        reason = os.strerror(error.errno)
-        hint = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        reason, hint = why(error)
         kept = f"{rows:,} rows are kept in {folder}, " if rows else ""
         raise OutputError(
             f"{output}: {reason}; {kept}{hint}run the same command again to "
             + ("resume" if rows else "begin")
         ) from error
+
+
+def why(error: OSError) -> tuple[str, str]:
+    """What failed, and what to do before the command is run again, if anything."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return os.strerror(error.errno or 0), "make room and " if full else ""

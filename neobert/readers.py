@@ -16,6 +16,7 @@ MAX_TEXT_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1024
 # Behind an error in a text: what commands with this option offer.
 ERRORS_HINT = "; --errors replace goes on"
+_COUNTED_BYTES = 1 << 20
 
 _BOM = b"\xef\xbb\xbf"
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -71,9 +72,12 @@ class ReadOptions:
 
 
 class Reader(Protocol):
-    """One open file: skip rows first, then iterate over the rest."""
+    """One open file: skip rows first, then iterate over the rest.
 
-    def skip(self, rows: int) -> int: ...
+    `skip` may be told the bytes that the rows take in a file of lines, and need not read them then.
+    """
+
+    def skip(self, rows: int, offset: int | None = None) -> int: ...
 
     def __iter__(self) -> Iterator[Row]: ...
 
@@ -103,7 +107,11 @@ class LineReader:
             line = line[:-2] if line.endswith(b"\r\n") else line[:-1]
         return line
 
-    def skip(self, rows: int) -> int:
+    def skip(self, rows: int, offset: int | None = None) -> int:
+        if offset is not None:
+            self._stream.seek(offset)
+            self._number = rows
+            return rows
         skipped = 0
         while skipped < rows and self._line() is not None:
             skipped += 1
@@ -152,7 +160,7 @@ class _WholeFileReader:
         self._path, self._name, self._options = path, str(path), options
         self._read = False
 
-    def skip(self, rows: int) -> int:
+    def skip(self, rows: int, offset: int | None = None) -> int:
         self._read = rows > 0
         return int(self._read)
 
@@ -178,7 +186,11 @@ class _ParquetReader:
         self._file = _open_parquet(path)
         _check_columns(self._file.schema_arrow, path, options)
 
-    def skip(self, rows: int) -> int:
+    @property
+    def rows(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    def skip(self, rows: int, offset: int | None = None) -> int:
         self._skip = min(rows, self._file.metadata.num_rows)
         return self._skip
 
@@ -230,6 +242,52 @@ class _ParquetReader:
 
     def close(self) -> None:
         self._file.close()
+
+
+def line_starts(path: Path, first: int, every: int) -> tuple[int, list[tuple[int, int]]]:
+    """Lines of a file, and ``(line, byte)`` where lines ``first``, ``first + every``, ... begin.
+
+    Lines are counted as `LineReader` reads them, from 0; nothing is decoded.
+    """
+    starts, wanted, lines, at, ends = [], first, 0, 0, True
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_COUNTED_BYTES):
+            if at == 0 and wanted == 0:
+                starts.append((0, 0))
+                wanted += every
+            begin = len(_BOM) if at == 0 and block.startswith(_BOM) else 0
+            found, stop = block.count(b"\n", begin), begin
+            seen = 0
+            while wanted - lines <= found:
+                for _ in range(wanted - lines - seen):
+                    stop = block.index(b"\n", stop) + 1
+                seen = wanted - lines
+                starts.append((wanted, at + stop))
+                wanted += every
+            lines, at = lines + found, at + len(block)
+            ends = block.endswith(b"\n") or len(block) == begin
+    lines += not ends
+    return lines, [(line, byte) for line, byte in starts if line < lines]
+
+
+def file_starts(
+    path: Path, options: ReadOptions, first: int, every: int
+) -> tuple[int, list[tuple[int, int | None]]]:
+    """Rows of a file, and where rows ``first``, ``first + every``, ... begin, for `Reader.skip`.
+
+    Raises:
+        InputError: A Parquet file that cannot be read, or lacks a column.
+    """
+    if options.whole_files:
+        rows = 1
+    elif path.suffix.lower() == ".parquet":
+        reader = _ParquetReader(path, options)
+        rows = reader.rows
+        reader.close()
+    else:
+        lines, starts = line_starts(path, first, every)
+        return lines, list(starts)
+    return rows, [(row, None) for row in range(first, rows, every)]
 
 
 def _scalar(value: Any, place: str, errors: str) -> object:

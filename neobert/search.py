@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from neobert.outputs import read_description
+from neobert.outputs import read_description, require_pyarrow
 from neobert.readers import InputError, one_line
 
 BLOCK_ROWS = 16384
@@ -63,14 +63,10 @@ class ParquetIndex:
     """The column ``embedding`` of a Parquet file, read group by group."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError:
-            raise InputError(
-                "index: expected pyarrow to be installed for .parquet, got none; "
-                "pip install 'neobert-kernels[parquet]'"
-            ) from None
+        require_pyarrow("index")
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             self._file = pq.ParquetFile(path)
         except pa.ArrowInvalid as error:

@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,20 @@ class FakeEncoder:
         window: int = 4096,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[FakeChunk]:
-        source, done = iter(texts), 0
-        following = list(itertools.islice(source, window))
+        source = iter(texts)
+        windows = iter(lambda: list(itertools.islice(source, window)), [])
+        yield from self.stream_windows(windows, window, progress)
+
+    def stream_windows(
+        self,
+        windows: Iterable[Sequence[str]],
+        window: int = 4096,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[FakeChunk]:
+        source, done = iter(windows), 0
+        following = next(source, [])
         while following:
-            current, following = following, list(itertools.islice(source, window))
+            current, following = following, next(source, [])
             tokens = [len(text.split()) for text in current]
             yield FakeChunk(
                 np.stack([embed(text) for text in current]),

@@ -80,10 +80,15 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def load_encoder(args: argparse.Namespace) -> "Encoder":
+def load_encoder(
+    args: argparse.Namespace, device: str | None = None, threads: int | None = None
+) -> "Encoder":
+    """The encoder that the arguments ask for; a worker has a device and threads of its own."""
     from neobert.encode import Encoder
 
-    return Encoder.load(**model_options(args), threads=args.threads)
+    options = model_options(args)
+    options["device"] = device or options["device"]
+    return Encoder.load(**options, threads=threads or args.threads)
 
 
 @contextmanager

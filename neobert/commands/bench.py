@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neobert.commands.arguments import DTYPES, positive
-from neobert.floors import ARCHITECTURES, GPUS, Gpu, Part, forward, training_step
+from neobert.floors import ARCHITECTURES, GPUS, Gpu, Part, forward, scaling, training_step
 from neobert.floors.gpus import gpu
 from neobert.floors.models import Architecture, architecture
 from neobert.readers import InputError
@@ -57,6 +57,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     floor.add_argument(
         "--training", action="store_true", help="a masked-LM step, a fifth of the tokens labelled"
     )
+    floor.add_argument(
+        "--corpus",
+        type=positive,
+        metavar="TEXTS",
+        help="instead: so many texts of one --length on many GPUs (docs/scaling.md)",
+    )
+    floor.add_argument(
+        "--gpus", action="append", type=positive, metavar="N", help="with --corpus (8, 64, 512)"
+    )
+    floor.add_argument(
+        "--core-rate",
+        type=positive,
+        default=500_000,
+        metavar="N",
+        help="with --corpus: tokens/s that one core tokenizes (default: 500000)",
+    )
     report = parser.add_argument_group("with --report")
     report.add_argument("--output", metavar="FOLDER", help="where it goes (default: FOLDER/report)")
     parser.set_defaults(run=run)
@@ -71,6 +87,15 @@ def run(args: argparse.Namespace) -> int:
     for length in lengths:
         if length > args.tokens:
             raise InputError(f"tokens: expected at least the length {length}, got {args.tokens}")
+    if args.corpus is not None:
+        corpus = scaling.Corpus(args.corpus, lengths[0])
+        print(
+            scaling.report(
+                model, corpus, gpus, dtype=args.dtype, counts=args.gpus or scaling.COUNTS,
+                core=args.core_rate, tokens=args.tokens,
+            )
+        )  # fmt: skip
+        return 0
     print(summary(model, gpus, lengths, args.tokens, args.dtype, args.training))
     print()
     print(shares(model, gpus[0], lengths[0], args.tokens, args.dtype, args.training))

