@@ -1,7 +1,8 @@
 """When to stop a run: a loss or gradient that is not finite, or a loss far over its recent ones.
 
 A loss spikes when it is over `spike` times the running median and also over it by `DEVIATIONS`
-robust standard deviations, so that neither a slow rise nor the noise of small batches counts.
+robust standard deviations and by `MARGIN`, so that neither a slow rise nor the noise of small
+batches counts, nor that of a loss near zero, which is skewed and many times its median.
 """
 
 import math
@@ -16,6 +17,7 @@ from neobert.pretraining.rules import at_least, error
 # The median absolute deviation of normal noise, times this, is its standard deviation.
 SIGMA = 1.4826
 DEVIATIONS = 8
+MARGIN = 0.5  # nats; a run that diverges goes up by several
 LEAST = 20  # losses before which there is no median to speak of
 
 
@@ -24,7 +26,8 @@ class Limits:
     """What counts as a spike.
 
     Attributes:
-        spike: Times the running median that stop the run; 0: never.
+        spike: Times the running median that stop the run, if they are also over it by more than
+            its noise and by `MARGIN`; 0: never.
         window: Losses that the median is of.
         patience: Spikes in a row that stop it.
     """
@@ -71,8 +74,8 @@ class Guard:
             return None
         median = statistics.median(self._losses)
         deviation = SIGMA * statistics.median(abs(x - median) for x in self._losses)
-        far = loss > self._limits.spike * median and loss > median + DEVIATIONS * deviation
-        return median if far else None
+        least = median + max(DEVIATIONS * deviation, MARGIN)
+        return median if loss > max(self._limits.spike * median, least) else None
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""

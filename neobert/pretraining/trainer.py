@@ -234,7 +234,7 @@ class Trainer:
         name = (self._signals.asked or signal.SIGTERM).name
         text = f"stopped by {name} at step {self.done:,}; saved; --resume goes on"
         if self._watch is not None:
-            self._watch.note(self.done, text)
+            self._watch.note(self.done, text, say=False)
         raise StoppedError(text, self._signals.asked or signal.SIGTERM)
 
     def _diverge(self, step: int, reason: str) -> None:
@@ -259,7 +259,7 @@ class Trainer:
                 f"; {folder} has the state after step {self.done:,} and the batches' documents; "
                 f"the last checkpoint is {kept[0] if kept else 'none'}"
             )
-            self._watch.note(self.done, reason)
+            self._watch.note(self.done, reason, say=False)
         raise DivergedError(reason)
 
 

@@ -47,11 +47,15 @@ class Watch:
             self._last_line = time.monotonic()
             self._say(line + _left(seconds_left))
 
-    def note(self, step: int, text: str) -> None:
-        """Something that a reader of the log has to know, such as a resume."""
+    def note(self, step: int, text: str, *, say: bool = True) -> None:
+        """Something that a reader of the log has to know, such as a resume.
+
+        Without ``say`` it is in the log only: what ends a run is told by whoever catches it.
+        """
         self._log.write(kind="note", step=step, text=text)
         self._log.sync()
-        self._say(text)
+        if say:
+            self._say(text)
 
     def say(self, text: str) -> None:
         """A line on stderr only."""

@@ -85,6 +85,32 @@ def test_the_command_says_what_it_did(
     assert main([*arguments, "--restart"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("end", "code", "line"),
+    [("signal", 143, "neobert: stopped by SIGTERM at "), ("poison", 1, "neobert: error: step 2: ")],
+)
+def test_the_command_says_once_why_it_ended(
+    end: str,
+    code: int,
+    line: str,
+    first: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Trainer, "_step", Trainer._step)  # to have it back
+    stop = lambda _: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    runs.before_step(1, stop if end == "signal" else runs.poison)
+    run = tmp_path / "run"
+    recipe = str(first.parent / "recipe.yaml")
+    arguments = ["schedule.steps=3", "log.every=1", f"train.run={run}"]
+    assert main(["pretrain", recipe, *arguments]) == code
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith(line)
+    (note,) = [r["text"] for r in runs.records(run, "note") if r["step"] == 2]
+    assert said.count(note) == 1
+
+
 @pytest.mark.parametrize("folder", ["final", "checkpoints/step-00000008"])
 def test_transformers_loads_a_run(folder: str, first: Path) -> None:
     head = AutoModelForMaskedLM.from_pretrained(first / folder)

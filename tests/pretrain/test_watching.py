@@ -129,6 +129,15 @@ def test_noise_as_wide_as_its_median_is_no_spike() -> None:
     assert guard.check(501, 8.0) is not None
 
 
+def test_the_skewed_noise_of_a_loss_near_zero_is_no_spike() -> None:
+    guard = Guard(Limits())
+    draw = np.random.default_rng(0)
+    losses = 0.002 * np.exp(1.5 * draw.normal(size=2000))
+    assert losses.max() > 50 * np.median(losses)
+    assert {guard.check(i, loss) for i, loss in enumerate(losses.tolist())} == {None}
+    assert guard.check(2000, 0.6) is not None
+
+
 def test_patience_waits_for_spikes_in_a_row() -> None:
     guard = Guard(Limits(patience=3))
     for step in range(LEAST):
