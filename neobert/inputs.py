@@ -55,6 +55,15 @@ class Source(ABC):
     def identity(self) -> dict[str, str | int]:
         """What tells this input from another one, as it is now."""
 
+    @property
+    def parts(self) -> int:
+        """How many sources of their own the rows are, one after the other."""
+        return 1
+
+    def part(self, number: int) -> "Source":
+        """One of them, which can be read beside the others."""
+        return self
+
 
 class StreamSource(Source):
     """Lines of standard input: read once, in order."""
@@ -108,6 +117,15 @@ class FileSource(Source):
                     yield from reader
             finally:
                 reader.close()
+
+    @property
+    def parts(self) -> int:
+        return len(self.files)
+
+    def part(self, number: int) -> "FileSource":
+        part = FileSource(self._root, [self.files[number]], self.options)
+        part.name = str(self.files[number])
+        return part
 
     def label(self, path: Path) -> str:
         """A name that does not depend on where the folder stands."""

@@ -26,6 +26,8 @@ Settings of the recipe are changed by key=value, with dotted keys and YAML value
 With --plot: loss curves of one or several runs over tokens; a second stage continues the first.
     neobert pretrain --plot runs/stage1 runs/stage2 --output loss.png
 
+With data.on_the_fly=true there is no store: texts are read and tokenised while training.
+
 --prepare only tokenises; a killed one is resumed by the same command. Several processes need a
 store that is finished. SIGTERM or Ctrl-C saves and ends; the exit code is then 128 + the signal.
 """
@@ -73,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         return _train(recipe, args)
     if args.resume or args.allow_change:
         raise InputError("pretrain: expected --resume without --prepare, got both")
+    if recipe.data.on_the_fly:
+        raise InputError("data.on_the_fly: expected false with --prepare, got true")
     store = prepare(recipe.data, restart=args.restart, quiet=args.quiet)
     if args.verify:
         store = Store.open(store.folder, verify=True)
@@ -102,7 +106,7 @@ def _train(recipe: Recipe, args: argparse.Namespace) -> int:
     if args.restart or args.verify:
         raise InputError("pretrain: expected --restart and --verify only with --prepare, got none")
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if alone and not Path(recipe.data.store).is_dir():
+    if alone and not recipe.data.on_the_fly and not Path(recipe.data.store).is_dir():
         prepare(recipe.data, quiet=args.quiet)
     try:
         result = train(recipe, resume=args.resume, allow_change=args.allow_change, quiet=args.quiet)

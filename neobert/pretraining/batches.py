@@ -12,7 +12,7 @@ import signal
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from neobert.pretraining.order import Permutation
 from neobert.pretraining.packing import pack
 from neobert.pretraining.recipe import Batch, Recipe, view_minimum
 from neobert.pretraining.rules import error
-from neobert.pretraining.store import SPECIALS, Store
+from neobert.pretraining.store import SPECIALS, Store, Vocabulary
 
 # Bins of a chunk: its last bin is what stays unfilled, well under 1 % of so many. A small store
 # has fewer: a chunk mixes no more than so many of its epochs.
@@ -34,9 +34,11 @@ CHUNK_BINS, CHUNK_EPOCHS = 256, 4
 STATE_VERSION = 1
 GRACE_SECONDS = 30  # that a worker lives after a SIGTERM
 # Changes after which the positions in a state still mean the same bins.
-HARMLESS = frozenset({"batch.bins", "batch.mask_rate", "batch.masking", "batch.views"})
+HARMLESS = frozenset(
+    {"batch.bins", "batch.mask_rate", "batch.masking", "batch.views", "input times"}
+)
 # First words of the keys of every kind of draw.
-_HELD_OUT, _ORDER, _BINS, _VIEW, _MASK = range(5)
+_HELD_OUT, ORDER, _BINS, _VIEW, MASK = range(5)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,30 @@ class Plan(NamedTuple):
     mask_key: int
 
 
+def bins_of(chunk: Plan, batch: Batch, *parts: int) -> list[Plan]:
+    """The documents of a chunk, which are in an order of their own, in bins.
+
+    Args:
+        parts: Key the bins' shuffle; without any, they are not shuffled.
+    """
+    order, bounds = _bounds(chunk.lengths, batch)
+    bins = np.arange(len(bounds) - 1)
+    if parts and batch.layout == "packed":
+        # Packing puts the longest documents first; steps should not see that order.
+        bins = Permutation(len(bins), _BINS, *parts)(bins)
+    documents, lengths, epochs, mask_key = chunk
+    chosen = (order[bounds[i] : bounds[i + 1]] for i in bins.tolist())
+    return [Plan(documents[o], lengths[o], epochs[o], mask_key) for o in chosen]
+
+
+def _bounds(lengths: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """As `pack` returns them."""
+    if batch.layout == "packed":
+        return pack(lengths, batch.tokens)
+    count = len(lengths)
+    return np.arange(count), np.r_[np.arange(0, count, batch.rows), count]
+
+
 class Documents:
     """The documents of a view that are not held out: all by a formula, filtered ones by a list."""
 
@@ -134,8 +160,8 @@ class View:
         self._store, self._batch = store, recipe.batch
         self._documents = training_documents(store, recipe, name)
         least = view_minimum(name)
-        self._key = key(_ORDER, recipe.batch.seed, least)
-        self._mask_key = key(_MASK, recipe.batch.seed, least)
+        self._key = key(ORDER, recipe.batch.seed, least)
+        self._mask_key = key(MASK, recipe.batch.seed, least)
         self._chunk_documents = self._documents_of_a_chunk()
         self._held: tuple[int, list[Plan]] = (-1, [])
 
@@ -169,17 +195,8 @@ class View:
             positions[here] = self._shuffle(epoch)(positions[here])
         documents = self._documents[positions]
         lengths = self._lengths(documents)
-        if self._batch.layout == "padded":
-            order = np.arange(len(documents))
-            bounds = np.arange(0, len(documents) + 1, self._batch.rows)
-            bins = np.arange(len(bounds) - 1)
-        else:
-            order, bounds = pack(lengths, self._batch.tokens)
-            # Packing puts the longest documents first; steps should not see that order.
-            count = len(bounds) - 1
-            bins = Permutation(count, _BINS, self._key, number)(np.arange(count))
-        chosen = (order[bounds[i] : bounds[i + 1]] for i in bins.tolist())
-        return [Plan(documents[o], lengths[o], epochs[o], self._mask_key) for o in chosen]
+        whole = Plan(documents, lengths, epochs, self._mask_key)
+        return bins_of(whole, self._batch, self._key, number)
 
     def _shuffle(self, epoch: int) -> Permutation:
         return Permutation(self._documents.size, self._key, epoch)
@@ -243,9 +260,14 @@ def view_of_step(batch: Batch, step: int) -> str:
 
 def made_for(store: Store, recipe: Recipe) -> dict[str, Any]:
     """All that decides the batches."""
+    return {"store": store.digest, **batch_settings(recipe)}
+
+
+def batch_settings(recipe: Recipe) -> dict[str, Any]:
+    """What decides the batches beside the documents."""
     names = ("max_length", "tokens", "bins", "layout", "mask_rate", "masking", "views", "seed")
     settings = {f"batch.{name}": getattr(recipe.batch, name) for name in names}
-    return {"store": store.digest, "data.held_out": recipe.data.held_out, **settings}
+    return {"data.held_out": recipe.data.held_out, **settings}
 
 
 def require_same(state: Mapping[str, Any], now: Mapping[str, Any], allow_change: bool) -> None:
@@ -264,10 +286,21 @@ def require_same(state: Mapping[str, Any], now: Mapping[str, Any], allow_change:
         raise error("resume", "the data and batches of the checkpoint", "; ".join(changed) + hint)
 
 
+class Readable(Protocol):
+    """What micro-batches need of documents; `Store` describes it."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    def read(
+        self, documents: np.ndarray, most: np.ndarray, out: np.ndarray, at: np.ndarray
+    ) -> None: ...
+
+
 class Gather(Dataset[MicroBatch]):
     """Plans to micro-batches: reads tokens, adds [CLS] and [SEP], masks."""
 
-    def __init__(self, store: Store, batch: Batch) -> None:
+    def __init__(self, store: Readable, batch: Batch) -> None:
         self._store, self._batch = store, batch
         vocabulary = store.vocabulary
         special = np.zeros(vocabulary.size, bool)
@@ -337,11 +370,15 @@ def steps(
     Raises:
         InputError: ``bins`` cannot be dealt evenly, an empty view, or ``state`` of other data.
     """
-    if recipe.batch.bins % world:
-        rule = f"a multiple of the {world} ranks"
-        raise error("batch.bins", rule, recipe.batch.bins)
+    require_even(recipe, world)
     assert 0 <= rank < world
     return _steps(Planner(store, recipe, state, allow_change), store, recipe, world, rank)
+
+
+def require_even(recipe: Recipe, world: int) -> None:
+    """Refuse bins that the ranks cannot share evenly."""
+    if recipe.batch.bins % world:
+        raise error("batch.bins", f"a multiple of the {world} ranks", recipe.batch.bins)
 
 
 def _steps(
@@ -356,17 +393,18 @@ def _steps(
             planned.append((view, planner.state))
             yield from bins[rank::world]
 
-    batches = _load(store, recipe.batch, plans())
+    batches = load(Gather(store, recipe.batch), recipe.batch, plans())
     while True:
         share = [next(batches) for _ in range(recipe.batch.bins // world)]
         view, after = planned.popleft()
         yield Step(share, after, view)
 
 
-def _load(store: Store, batch: Batch, plans: Iterator[Plan]) -> Iterator[MicroBatch]:
+def load(dataset: Dataset[Any], batch: Batch, plans: Iterator[Plan] | None = None) -> Iterator[Any]:
+    """The items of a data set through the recipe's workers, in order."""
     return iter(
         DataLoader(
-            Gather(store, batch),
+            dataset,
             sampler=plans,
             batch_size=None,
             num_workers=batch.workers,
@@ -392,15 +430,16 @@ def _as_is(batch: Any) -> Any:
 
 def held_out(store: Store, recipe: Recipe) -> Iterator[MicroBatch]:
     """The held-out documents once, the same bins and masks in every call and with every seed."""
-    count, batch = recipe.data.held_out, recipe.batch
+    count = recipe.data.held_out
     training_documents(store, recipe, "all")  # its checks
     documents = Permutation(len(store), _HELD_OUT)(np.arange(len(store) - count, len(store)))
-    lengths = np.minimum(store.lengths(documents) + SPECIALS, batch.max_length)
-    gather = Gather(store, batch)
-    if batch.layout == "padded":
-        order, bounds = np.arange(count), np.r_[np.arange(0, count, batch.rows), count]
-    else:
-        order, bounds = pack(lengths, batch.tokens)
-    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        some = order[start:end]
-        yield gather[Plan(documents[some], lengths[some], np.zeros_like(some), key(_HELD_OUT))]
+    yield from once(store, documents, store.lengths(documents), recipe.batch)
+
+
+def once(
+    store: Readable, documents: np.ndarray, lengths: np.ndarray, batch: Batch
+) -> Iterator[MicroBatch]:
+    """Documents of ``lengths`` tokens in bins, the same in every call and with every seed."""
+    lengths = np.minimum(lengths + SPECIALS, batch.max_length)
+    chunk = Plan(documents, lengths, np.zeros_like(documents), key(_HELD_OUT))
+    yield from map(Gather(store, batch).__getitem__, bins_of(chunk, batch))

@@ -6,11 +6,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from neobert.pretraining.batches import MicroBatch, held_out, training_documents
+from neobert.pretraining import batches, stream
+from neobert.pretraining.batches import MicroBatch, training_documents
 from neobert.pretraining.objective import Objective, autocast, inputs
 from neobert.pretraining.ranks import Ranks
 from neobert.pretraining.recipe import Recipe
 from neobert.pretraining.store import Store
+from neobert.pretraining.stream import Stream
 
 # Documents whose tokens are counted for the baseline: enough to know the most frequent one.
 COUNTED = 20_000
@@ -24,8 +26,11 @@ class Scores(NamedTuple):
     unigram_accuracy: float
 
 
-def most_frequent(store: Store, recipe: Recipe) -> int:
-    """The ordinary token that training documents have most often, from up to `COUNTED` of them."""
+def most_frequent(store: Store | Stream, recipe: Recipe) -> int:
+    """The ordinary token that training documents have most often, from up to `COUNTED` of them; of
+    a stream, which has not been read yet, the held-out documents."""
+    if isinstance(store, Stream):
+        return store.most_frequent()
     documents = training_documents(store, recipe, "all")
     some = documents[np.arange(min(documents.size, COUNTED))]
     ids, _ = store.beginnings(some, recipe.batch.max_length)
@@ -35,7 +40,7 @@ def most_frequent(store: Store, recipe: Recipe) -> int:
 
 
 def evaluate(
-    objective: Objective, store: Store, recipe: Recipe, ranks: Ranks, frequent: int
+    objective: Objective, store: Store | Stream, recipe: Recipe, ranks: Ranks, frequent: int
 ) -> Scores:
     """Scores over all ranks; every rank calls it, and gets the same.
 
@@ -45,7 +50,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
     objective.eval()
     with torch.no_grad():
-        for batch, counts in _share(held_out(store, recipe), ranks):
+        for batch, counts in _share(_held_out(store, recipe), ranks):
             with autocast(recipe.train, ranks.device):
                 loss, correct = objective(**inputs(batch, ranks.device))
             if counts:
@@ -58,6 +63,12 @@ def evaluate(
     loss, correct, unigram, labelled = ranks.sum(sums).tolist()
     labelled = max(labelled, 1.0)
     return Scores(loss / labelled, correct / labelled, unigram / labelled)
+
+
+def _held_out(store: Store | Stream, recipe: Recipe) -> Iterator[MicroBatch]:
+    if isinstance(store, Stream):
+        return stream.held_out(store, recipe)
+    return batches.held_out(store, recipe)
 
 
 def _share(batches: Iterator[MicroBatch], ranks: Ranks) -> Iterator[tuple[MicroBatch, bool]]:

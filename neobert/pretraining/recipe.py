@@ -46,9 +46,13 @@ class Data:
         errors: Invalid UTF-8: "strict" stops, "replace" puts U+FFFD.
         tokenizer: A local folder or a hub id, with its tokenizer_revision.
         store: Folder of the tokenised documents, made by ``--prepare``.
+        on_the_fly: No store: read and tokenise the texts while training.
+        lanes: On the fly: readers side by side, each with its share of the texts; a multiple of
+            ranks x workers. Other lanes are another order.
         shard_tokens: A shard is closed by the document that reaches this many tokens.
         documents: Take only the first so many texts; None takes all.
-        held_out: Documents, drawn evenly from the store, that training never sees.
+        held_out: Documents, drawn evenly from the store, that training never sees; on the fly the
+            first ones.
     """
 
     path: str | None = None
@@ -63,6 +67,8 @@ class Data:
     tokenizer: str = "google-bert/bert-base-uncased"
     tokenizer_revision: str | None = None
     store: str = ""
+    on_the_fly: bool = False
+    lanes: int = 16
     # A mapping holds a file open: at 4 GiB of 16-bit ids 600 G tokens take 280 of them.
     shard_tokens: int = 1 << 31
     documents: int | None = None
@@ -72,8 +78,12 @@ class Data:
         if (self.path is None) == (self.dataset is None):
             given = "neither" if self.path is None else "both"
             raise error("data", "one of path and dataset", given)
-        if not self.store:
-            raise error("data.store", "a folder for the tokenised documents", "none")
+        if not self.store and not self.on_the_fly:
+            rule = "a folder for the tokenised documents (or data.on_the_fly)"
+            raise error("data.store", rule, "none")
+        if self.documents is not None and self.on_the_fly:
+            raise error("data.documents", "none with data.on_the_fly", self.documents)
+        at_least("data.lanes", self.lanes, 1)
         if self.errors not in ("strict", "replace"):
             raise error("data.errors", "'strict' or 'replace'", repr(self.errors))
         at_least("data.shard_tokens", self.shard_tokens, 1)
@@ -264,6 +274,11 @@ class Recipe:
     checkpoint: Saving = field(default_factory=Saving)
     log: Watching = field(default_factory=Watching)
     guard: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.data.on_the_fly and set(self.batch.views) != {"all"}:
+            rule = "a store for views of long documents, only 'all' with data.on_the_fly"
+            raise error("batch.views", rule, ", ".join(map(repr, self.batch.views)))
 
 
 def view_minimum(name: str) -> int:

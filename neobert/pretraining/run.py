@@ -21,8 +21,7 @@ import yaml
 from neobert import files
 from neobert.heads import NeoBERTForMaskedLM
 from neobert.loading import quiet_loading
-from neobert.pretraining import log, start, state
-from neobert.pretraining.batches import steps
+from neobert.pretraining import batches, log, start, state, stream
 from neobert.pretraining.checkpoint import OPTIMIZER, Saved, read, writing
 from neobert.pretraining.evaluation import Scores
 from neobert.pretraining.prepare import require_chosen
@@ -30,7 +29,8 @@ from neobert.pretraining.ranks import Ranks, open_ranks
 from neobert.pretraining.recipe import Recipe
 from neobert.pretraining.rules import error
 from neobert.pretraining.signals import Signals
-from neobert.pretraining.store import Store
+from neobert.pretraining.store import Corpus, Store
+from neobert.pretraining.stream import Stream
 from neobert.pretraining.trainer import Trainer, checkpoints_of
 from neobert.pretraining.watch import Watch, open_trackers
 from neobert.readers import InputError
@@ -51,7 +51,8 @@ class Result(NamedTuple):
 def train(
     recipe: Recipe, *, resume: bool = False, allow_change: bool = False, quiet: bool = False
 ) -> Result:
-    """Train what a recipe describes, from its finished store to its last step.
+    """Train what a recipe describes, from its finished store (or its texts, on the fly) to its
+    last step.
 
     Args:
         recipe: With ``train.run``.
@@ -71,10 +72,7 @@ def train(
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(open_ranks())
         signals = stack.enter_context(Signals())
-        store = Store.open(recipe.data.store)
-        tokenizer = start.store_tokenizer(recipe, store)
-        changed = require_chosen(store, recipe.data) if ranks.main else None
-        notes = [] if changed is None else [changed]
+        store, tokenizer, notes = _open(recipe, ranks)
         saved = None
         if ranks.main:
             stack.enter_context(_locked(Path(recipe.train.run), resume))
@@ -94,15 +92,13 @@ def train(
             model, position = start.resumed_model(recipe, store, saved), saved.state["data"]
             notes += [f"changed: {change}" for change in changes]
             notes.append(f"resumed from {saved.folder} on {ranks.world} rank(s)")
-        batches = steps(
-            store,
-            recipe,
-            world=ranks.world,
-            rank=ranks.rank,
-            state=position,
-            allow_change=allow_change,
-        )
-        stack.callback(batches.close)
+        share: dict[str, Any] = {"world": ranks.world, "rank": ranks.rank}
+        share |= {"state": position, "allow_change": allow_change}
+        if isinstance(store, Stream):
+            steps = stream.steps(store, recipe, **share)
+        else:
+            steps = batches.steps(store, recipe, **share)
+        stack.callback(steps.close)
         watch = None
         if ranks.main:
             watch = stack.enter_context(_watching(recipe, saved, quiet))
@@ -111,12 +107,23 @@ def train(
         trainer = Trainer(recipe, store, model, ranks, signals, watch)
         if saved is not None:
             trainer.restore(saved.step, saved.state, saved.tensors(OPTIMIZER))
-        trainer.run(batches)
+        trainer.run(steps)
         final = Path(recipe.train.run) / start.FINAL
         _publish(trainer.model, tokenizer, recipe, final, ranks)
         if watch is not None:
             watch.say(f"the model is in {final}")
         return Result(final, trainer.scores, ranks.main)
+
+
+def _open(recipe: Recipe, ranks: Ranks) -> tuple[Store | Stream, Any, list[str]]:
+    """The documents, their tokenizer, and what a reader of the log has to know of them."""
+    if recipe.data.on_the_fly:
+        texts = Stream(recipe)
+        return texts, texts.tokenizer.fast, []
+    store = Store.open(recipe.data.store)
+    tokenizer = start.store_tokenizer(recipe, store)
+    changed = require_chosen(store, recipe.data) if ranks.main else None
+    return store, tokenizer, [] if changed is None else [changed]
 
 
 @contextlib.contextmanager
@@ -151,7 +158,7 @@ def _lock(run: Path, seconds: float) -> BinaryIO:
 
 
 def _begin(
-    recipe: Recipe, store: Store, tokenizer: Any, notes: list[str]
+    recipe: Recipe, store: Corpus, tokenizer: Any, notes: list[str]
 ) -> tuple[NeoBERTForMaskedLM, str]:
     """The model of a new run, and where its weights come from."""
     folder = start.source_folder(recipe, notes.append)

@@ -13,6 +13,8 @@ from neobert.readers import InputError, ReadOptions, Row, one_line
 # A document beyond this is cut at white space into several: tokenizing one text takes memory of
 # some hundred times its size, and no context window holds a quarter of it.
 MAX_CHARACTERS = 1 << 20
+# Rows of a data set: in one call of `datasets`, and in a part of one that is not streamed.
+READ_ROWS, PART_ROWS = 64, 1 << 16
 
 
 def open_documents(data: Data, exclude: Collection[Path] = ()) -> Source:
@@ -25,7 +27,7 @@ def open_documents(data: Data, exclude: Collection[Path] = ()) -> Source:
         data.column, data.column, errors=data.errors, whole_files=data.whole_files
     )
     if data.dataset is not None:
-        return DatasetSource(data, options)
+        return DatasetSource(data, options, _load(data))
     assert data.path is not None
     if data.path == "-":
         raise error("data.path", "a file or folder, which can be read again", "'-'")
@@ -77,9 +79,10 @@ class DatasetSource(Source):
 
     replayable = True
 
-    def __init__(self, data: Data, options: ReadOptions) -> None:
+    def __init__(self, data: Data, options: ReadOptions, rows: Any) -> None:
+        """``rows`` are a `datasets.Dataset` or `datasets.IterableDataset`."""
         self.name, self.options, self._data = str(data.dataset), options, data
-        self._rows = _load(data)
+        self._rows = rows
         columns = self._rows.column_names
         if columns is not None:  # a stream may know its columns only from its first row
             self._require_column(columns)
@@ -93,15 +96,44 @@ class DatasetSource(Source):
         return 0 if self._data.streaming else len(self._rows)
 
     def rows(self, skip: int = 0) -> Iterator[Row]:
-        rows = self._rows.skip(skip) if skip else self._rows
-        for number, row in enumerate(rows, skip + 1):
-            if self._data.column not in row:
-                self._require_column(list(row))
-            text = row[self._data.column]
+        for number, text in enumerate(self._texts(skip), skip + 1):
             if not isinstance(text, str):
                 rule = f"a string in column {self._data.column!r}"
                 raise error(f"{self.name}:{number}", rule, type(text).__name__)
             yield Row(text, None, self.name, number)
+
+    def _texts(self, skip: int) -> Iterator[object]:
+        rows = self._rows.skip(skip) if skip else self._rows
+        # By batches: row by row, a stream in a worker of torch's loader gives a share of its rows.
+        batches = rows.iter(READ_ROWS)
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as problem:  # of many kinds, from the network to a file's content
+                got = f"{self.name!r} ({one_line(problem)})"
+                raise error("data.dataset", "rows that can be read", got) from None
+            if batch is None:
+                return
+            self._require_column(list(batch))
+            yield from batch[self._data.column]
+
+    @property
+    def parts(self) -> int:
+        """The files of a stream; of a downloaded data set ranges of `PART_ROWS` rows."""
+        if self._data.streaming:
+            return int(self._rows.num_shards) if hasattr(self._rows, "shard") else 1
+        return -(-len(self._rows) // PART_ROWS)
+
+    def part(self, number: int) -> "DatasetSource":
+        rows = self._rows
+        if not self._data.streaming:
+            start = number * PART_ROWS
+            rows = rows.select(range(start, min(start + PART_ROWS, len(rows))))
+        elif self.parts > 1:
+            rows = rows.shard(self.parts, number)
+        part = DatasetSource(self._data, self.options, rows)
+        part.name = f"{self.name}[{number}]"
+        return part
 
     def identity(self) -> dict[str, str | int]:
         data = self._data

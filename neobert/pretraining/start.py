@@ -20,7 +20,8 @@ from neobert.pretraining.checkpoint import Checkpoints, Notice, Saved
 from neobert.pretraining.prepare import Tokenizer
 from neobert.pretraining.recipe import Recipe
 from neobert.pretraining.rules import error
-from neobert.pretraining.store import Store
+from neobert.pretraining.store import Corpus, Store
+from neobert.pretraining.stream import Stream
 from neobert.readers import InputError, one_line
 
 CHECKPOINTS, FINAL = "checkpoints", "final"
@@ -103,7 +104,7 @@ def config_in(folder: Path) -> NeoBERTConfig:
     return NeoBERTConfig.from_pretrained(folder)
 
 
-def model_config(recipe: Recipe, store: Store, base: NeoBERTConfig | None) -> NeoBERTConfig:
+def model_config(recipe: Recipe, store: Corpus, base: NeoBERTConfig | None) -> NeoBERTConfig:
     """The shape that a recipe asks for, over that of the weights it starts from.
 
     Raises:
@@ -145,11 +146,16 @@ def store_tokenizer(recipe: Recipe, store: Store) -> Any:
     return tokenizer.fast
 
 
-def beginnings(recipe: Recipe, store: Store, documents: np.ndarray) -> dict[int, str]:
-    """The first words of documents by their number, for whom a number tells nothing."""
+def described(
+    recipe: Recipe, store: Store | Stream, documents: np.ndarray
+) -> dict[str, dict[int, str]]:
+    """The first words of documents by their number, for whom a number tells nothing; on the fly
+    their files and lines instead."""
+    if isinstance(store, Stream):
+        return {"places": store.places(documents)}
     ids, lengths = store.beginnings(documents, SHOWN_TOKENS)
     texts = store_tokenizer(recipe, store).batch_decode(np.split(ids, np.cumsum(lengths)[:-1]))
-    return dict(zip(documents.tolist(), texts, strict=True))
+    return {"beginnings": dict(zip(documents.tolist(), texts, strict=True))}
 
 
 def frame_texts(tokenizer: Any) -> None:
@@ -193,7 +199,7 @@ def new_model(recipe: Recipe, config: NeoBERTConfig, folder: Path | None) -> Neo
         return NeoBERTForMaskedLM(config)
 
 
-def resumed_model(recipe: Recipe, store: Store, saved: Saved) -> NeoBERTForMaskedLM:
+def resumed_model(recipe: Recipe, store: Corpus, saved: Saved) -> NeoBERTForMaskedLM:
     """The model of a checkpoint of this run.
 
     Raises:

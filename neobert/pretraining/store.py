@@ -38,15 +38,40 @@ class Vocabulary(NamedTuple):
     special: tuple[int, ...]  # all of them, [UNK] included
 
 
+class Corpus:
+    """Documents as ids, without [CLS] and [SEP].
+
+    Attributes:
+        vocabulary: Of their tokenizer.
+        place: Where they are, for errors.
+    """
+
+    vocabulary: Vocabulary
+    place: str
+
+    def require_vocabulary(self, size: int) -> None:
+        """Refuse a model with fewer embeddings than the tokenizer has tokens.
+
+        Raises:
+            InputError: With both numbers.
+        """
+        if self.vocabulary.size > size:
+            raise error(
+                "data.tokenizer",
+                f"at most {size:,} tokens (the model's vocab_size)",
+                f"{self.vocabulary.size:,} in {self.place}",
+            )
+
+
 def shard_name(number: int) -> str:
     return f"{number:05}.tokens"
 
 
-class Store:
+class Store(Corpus):
     """A finished store; open one with `Store.open`. Costs nothing to send to another process."""
 
     def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
-        self.folder, self.index = folder, index
+        self.folder, self.place, self.index = folder, str(folder), index
         self.vocabulary = Vocabulary(
             **{**index["vocabulary"], "special": tuple(index["vocabulary"]["special"])}
         )
@@ -121,19 +146,6 @@ class Store:
         ids = np.empty(int(lengths.sum()), np.int64)
         self.read(documents, lengths, ids, np.cumsum(lengths) - lengths)
         return ids, lengths
-
-    def require_vocabulary(self, size: int) -> None:
-        """Refuse a model with fewer embeddings than the tokenizer has tokens.
-
-        Raises:
-            InputError: With both numbers.
-        """
-        if self.vocabulary.size > size:
-            raise error(
-                "data.tokenizer",
-                f"at most {size:,} tokens (the model's vocab_size)",
-                f"{self.vocabulary.size:,} in {self.folder}",
-            )
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from neobert.pretraining.ranks import Ranks
 from neobert.pretraining.recipe import Recipe
 from neobert.pretraining.signals import Signals
 from neobert.pretraining.store import Store
+from neobert.pretraining.stream import Stream, whole_state
 from neobert.pretraining.utilisation import model_flops_per_token, peak_flops, utilisation
 from neobert.pretraining.watch import Watch
 
@@ -53,7 +54,7 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        store: Store,
+        store: Store | Stream,
         model: NeoBERTForMaskedLM,
         ranks: Ranks,
         signals: Signals,
@@ -207,7 +208,9 @@ class Trainer:
 
     def content(self) -> Content:
         """A checkpoint; every rank calls it, rank 0 gets the tensors."""
-        main = self._ranks.main
+        main, position = self._ranks.main, self._position
+        if isinstance(self._store, Stream):
+            position = whole_state(self._ranks.gather(position))
         return Content(
             step=self.done,
             tensors={
@@ -216,7 +219,7 @@ class Trainer:
             },
             texts={CONFIG: start.config_text(self.model.config)},
             state={
-                "data": self._position,
+                "data": position,
                 "guard": self._guard.state_dict(),
                 "settings": start.settings(self._recipe),
                 **self._metrics.state,
@@ -248,7 +251,7 @@ class Trainer:
                 "step": step,
                 "reason": reason,
                 "documents by rank and micro-batch": documents,
-                "beginnings": start.beginnings(self._recipe, self._store, numbers),
+                **start.described(self._recipe, self._store, numbers),
             }
             texts = {**content.texts, REPORT: json.dumps(report, indent=1) + "\n"}
             content = dataclasses.replace(content, texts=texts)
