@@ -34,7 +34,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true
 
 @dataclass(frozen=True)
 class Data:
-    """Where texts come from, and the store that holds their tokens.
+    """Where texts come from, and the store that holds their tokens, if any does.
 
     Attributes:
         path: A .txt, .jsonl or .parquet file, or a folder of them; or else
@@ -68,7 +68,7 @@ class Data:
     tokenizer_revision: str | None = None
     store: str = ""
     on_the_fly: bool = False
-    lanes: int = 16
+    lanes: int = 8
     # A mapping holds a file open: at 4 GiB of 16-bit ids 600 G tokens take 280 of them.
     shard_tokens: int = 1 << 31
     documents: int | None = None
