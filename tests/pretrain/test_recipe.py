@@ -48,7 +48,7 @@ def test_values_come_from_the_file_and_then_from_the_command_line(tmp_path: Path
         ("batch.views={long: 1}", "batch.views: expected names like .*, got 'long'"),
         ("data.dataset=a/b", "data: expected one of path and dataset, got both"),
         ("data.path=", "data: expected one of path and dataset, got neither"),
-        ("data.store=''", "data.store: expected a folder for the tokenised documents (or data.on_the_fly)"),
+        ("data.store=''", "data.store: expected a folder for the tokenised documents"),
         ("data.errors=x", "data.errors: expected 'strict' or 'replace', got 'x'"),
         ("data.subset=x", "data.subset: expected none without data.dataset, got x"),
         ("data.held_out=-1", "data.held_out: expected at least 0, got -1"),
