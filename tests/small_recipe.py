@@ -7,6 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from neobert.pretraining.batches import Step
 from neobert.pretraining.recipe import Batch, Data, Recipe
 from neobert.pretraining.store import Store
 
@@ -37,3 +38,11 @@ def recipe(store: Store, held_out: int = 0, **batch: Any) -> Recipe:
     return Recipe(
         Data(path="in", store=str(store.folder), held_out=held_out), Batch(**{**values, **batch})
     )
+
+
+def content(step: Step) -> list[bytes]:
+    """All that is in each micro-batch."""
+    return [
+        b"".join(np.asarray(value).tobytes() for value in vars(batch).values() if value is not None)
+        for batch in step.micro_batches
+    ]

@@ -30,10 +30,11 @@ def most_frequent(store: Store | Stream, recipe: Recipe) -> int:
     """The ordinary token that training documents have most often, from up to `COUNTED` of them; of
     a stream, which has not been read yet, the held-out documents."""
     if isinstance(store, Stream):
-        return store.most_frequent()
-    documents = training_documents(store, recipe, "all")
-    some = documents[np.arange(min(documents.size, COUNTED))]
-    ids, _ = store.beginnings(some, recipe.batch.max_length)
+        ids = np.concatenate(store.held_out.ids)
+    else:
+        documents = training_documents(store, recipe, "all")
+        some = documents[np.arange(min(documents.size, COUNTED))]
+        ids, _ = store.beginnings(some, recipe.batch.max_length)
     counts = np.bincount(ids, minlength=store.vocabulary.size)
     counts[list(store.vocabulary.special)] = 0
     return int(counts.argmax())

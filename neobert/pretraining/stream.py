@@ -162,13 +162,6 @@ class Stream(Corpus):
             )
         }
 
-    def most_frequent(self) -> int:
-        """The ordinary token that the held-out documents have most often."""
-        ids = np.concatenate(self.held_out.ids)
-        counts = np.bincount(ids, minlength=self.vocabulary.size)
-        counts[list(self.vocabulary.special)] = 0
-        return int(counts.argmax())
-
 
 def _call(rows: Iterator[tuple[Place, int, str]]) -> Iterator[tuple[Place, int, str]]:
     """Rows up to the one that reaches the characters of a call."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_recipe import recipe
+from small_recipe import content, recipe
 
 from neobert.pretraining import batches
 from neobert.pretraining.batches import Planner, Step, held_out, steps, view_of_step
@@ -17,13 +17,6 @@ from neobert.pretraining.store import SPECIALS, Store
 from neobert.readers import InputError
 
 VIEWS = {"all": 0.2, ">=20": 0.4, ">=30": 0.4}
-
-
-def content(step: Step) -> list[bytes]:
-    return [
-        b"".join(np.asarray(value).tobytes() for value in vars(batch).values() if value is not None)
-        for batch in step.micro_batches
-    ]
 
 
 def take(count: int, *arguments: Any, **settings: Any) -> list[Step]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import training_runs as runs
 import yaml
-from small_recipe import document_texts
+from small_recipe import content, document_texts
 
 from neobert.cli import main
 from neobert.pretraining import batches, sources, stream
@@ -60,13 +60,6 @@ def made(folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 
 Make = Callable[..., Recipe]
 LAYOUTS = [{"layout": "packed", "masking": "bert"}, {"layout": "padded"}]
-
-
-def content(step: Step) -> list[bytes]:
-    return [
-        b"".join(np.asarray(value).tobytes() for value in vars(batch).values() if value is not None)
-        for batch in step.micro_batches
-    ]
 
 
 def take(count: int, recipe: Recipe, **settings: Any) -> list[Step]:
