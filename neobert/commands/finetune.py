@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING
@@ -12,8 +13,11 @@ from neobert.readers import InputError
 
 if TYPE_CHECKING:
     from neobert.finetuning.glue.data import TaskData
+    from neobert.finetuning.glue.runs import Run
     from neobert.finetuning.glue.sweep import Sweep
     from neobert.finetuning.glue.tasks import Task
+
+SECONDS_BETWEEN_LOOKS = 5.0  # at points that other processes work on
 
 DESCRIPTION = """\
 Fine-tune a model on GLUE's tasks by the paper's protocol, every point of a grid, and keep the
@@ -24,7 +28,8 @@ perhaps TASK/test.tsv in the benchmark's original layout; without --data, nyu-ml
 
 Results go to OUTPUT/MODEL/TASK. A killed run is resumed by the same command and loses no more than
 the point it was at. The same command in a second process, or several --devices, share the points.
-RTE, STS-B, MRPC and QNLI start from the best MNLI model in the output, if there is one.
+RTE, STS-B, MRPC and QNLI start from the best MNLI model in the output, if there is one: a command
+with MNLI among its tasks waits for all of MNLI's points.
 
     neobert finetune glue --model chandar-lab/NeoBERT --task all --devices cuda:0 cuda:1
     neobert evaluate glue --report --runs OUTPUT
@@ -47,6 +52,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     glue.add_argument("--model", required=True, help="a local model folder or a hub id")
+    # What --devices gives its processes: the predictions are made once, by the one that began them.
+    glue.add_argument("--points-only", action="store_true", help=argparse.SUPPRESS)
     glue.add_argument(
         "--task",
         required=True,
@@ -131,14 +138,19 @@ def _glue(args: argparse.Namespace) -> int:
     for task in tasks:
         sweep = job.sweep(task, loaded[task.name])
         here = Run.open(job.folder(task.name), sweep.identity(), args.restart)
-        if len(job.devices) > 1:
-            job.work_in_processes(task.name)
-        else:
-            sweep.work(here, job.say)
-        if is_finished(here, sweep):
+        job.work(task.name, sweep, here)
+        is_start = task.name == "MNLI" and not args.no_transfer
+        while is_start and any(t.from_mnli for t in tasks) and not is_finished(here, sweep):
+            # Tasks that start from the best model of all points, not of those that are there now.
+            job.say(f"{task.name}: waits for the points of other processes")
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            job.work(task.name, sweep, here)
+        if is_finished(here, sweep) and not args.points_only:
             for path in write_predictions(here, sweep):
                 job.say(f"{task.name}: predictions of the test set in {path}")
         print("\n".join(summary(here, sweep)), flush=True)
+    if args.points_only:
+        return 0
     submission = write_submission(job.folder(tasks[0].name).parent)
     if submission is not None:
         path, missing = submission
@@ -204,6 +216,13 @@ class _Job:
         if not self.args.quiet:
             print(line, file=sys.stderr, flush=True)
 
+    def work(self, task: str, sweep: "Sweep", run: "Run") -> None:
+        """Train the points that are free."""
+        if len(self.devices) > 1:
+            self.work_in_processes(task)
+        else:
+            sweep.work(run, self.say)
+
     def work_in_processes(self, task: str) -> None:
         """One process per device, each taking the next point that is free.
 
@@ -229,7 +248,7 @@ class _Job:
         command = [sys.executable, "-m", "neobert", "finetune", "glue", "--task", task]
         command += ["--model", args.model, "--name", self.name, "--output", str(self.output)]
         command += ["--devices", device, "--grid", args.grid, "--precision", self.precision]
-        command += ["--seeds", *map(str, args.seeds)]
+        command += ["--seeds", *map(str, args.seeds), "--points-only"]
         for option in ("data", "revision", "lr", "batch_size", "weight_decay", "epochs"):
             if getattr(args, option) is not None:
                 command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]

@@ -65,10 +65,15 @@ def run(args: argparse.Namespace) -> int:
     cache = mteb.ResultCache(cache_path=args.output)
     result = mteb.evaluate(model, tasks, cache=cache, raise_error=False)
     kinds = {task.metadata.name: task.metadata.type for task in tasks}
-    scores = {
-        each.task_name: (kinds[each.task_name], _score(each.get_score()))
-        for each in result.task_results
-    }
+    failed = {each.task_name: one_line(each.exception) for each in result.exceptions or []}
+    scores = {}
+    for each in result.task_results:
+        if _is_empty(each):
+            # mteb writes the mean of parts that all failed, and would take it for done next time.
+            cache.get_task_result_path(each.task_name, model.mteb_model_meta).unlink()
+            failed[each.task_name] = "all of its parts failed"
+        else:
+            scores[each.task_name] = kinds[each.task_name], _score(each.get_score())
     ours = Result(
         NAMES.get(name, name),
         tuple(args.benchmark),
@@ -77,12 +82,12 @@ def run(args: argparse.Namespace) -> int:
         _settings(args, encoder, mteb.__version__),
     )
     ours.write(Path(args.output))
-    for failed in result.exceptions or []:
-        print(f"neobert: {failed.task_name} failed: {one_line(failed.exception)}", file=sys.stderr)
+    for task, reason in failed.items():
+        print(f"neobert: {task} failed: {reason}", file=sys.stderr)
     print(scores_table([ours]).markdown())
     print()
     print(tasks_table([ours]).markdown())
-    return 1 if result.exceptions else 0
+    return 1 if failed else 0
 
 
 def _tasks(mteb: Any, names: list[str]) -> list[Any]:
@@ -96,13 +101,20 @@ def _tasks(mteb: Any, names: list[str]) -> list[Any]:
     benchmarks = {benchmark.name for benchmark in mteb.get_benchmarks()}
     if len(names) == 1 and names[0] in benchmarks:
         return list(mteb.get_benchmark(names[0]))
-    known = {task.metadata.name for task in mteb.get_tasks()}
+    # Superseded ones too: benchmarks and the paper have them.
+    known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, benchmarks | known, 5, 0.4)
             rule = f"a benchmark or tasks of mteb ({', '.join(near) or 'MTEB(eng, v2), ...'})"
             raise InputError(f"benchmark: expected {rule}, got {name!r}")
-    return list(mteb.get_tasks(tasks=names, languages=["eng"]))
+    found = mteb.get_tasks(tasks=list(dict.fromkeys(names)))
+    # A task's English parts, or all of one that has none.
+    return [task.filter_languages(["eng"]) if _has_english(task) else task for task in found]
+
+
+def _has_english(task: Any) -> bool:
+    return "eng" in task.metadata.languages
 
 
 def _settings(args: argparse.Namespace, encoder: "Encoder", version: str) -> dict[str, Any]:
@@ -116,6 +128,10 @@ def _settings(args: argparse.Namespace, encoder: "Encoder", version: str) -> dic
         "model_files": encoder.fingerprint["files"],
     }
     return found | ({"prompts": _prompts(args.prompts)} if args.prompts else {})
+
+
+def _is_empty(result: Any) -> bool:
+    return all(part["main_score"] is None for parts in result.scores.values() for part in parts)
 
 
 def _score(value: Any) -> float | None:

@@ -10,6 +10,7 @@ import torch
 from encoders import ENCODERS
 
 from neobert import cli
+from neobert.commands.mteb import _tasks
 from neobert.encode import Encoder
 from neobert.evaluation.mteb_report import (
     KINDS,
@@ -124,6 +125,31 @@ def test_the_command_runs_a_task_once_and_leaves_its_score_to_the_report(
     assert len(calls) == first
     (again,) = collect(tmp_path)  # as the cache has it, rounded
     assert again.scores["MockSTSTask"] == ("STS", pytest.approx(score))
+
+
+@pytest.mark.filterwarnings("ignore:All tasks of CQADupstackRetrieval:UserWarning")  # mteb's own
+def test_a_task_whose_parts_all_failed_is_named_and_run_again(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mteb = pytest.importorskip("mteb")
+    tasks = mteb.get_tasks(tasks=["CQADupstackRetrieval"])
+    monkeypatch.setattr("neobert.commands.mteb._tasks", lambda mteb, names: [*tasks])
+    monkeypatch.setattr(mteb.AbsTask, "load_data", lambda *_, **__: 1 / 0)
+    given = ["--model", str(folder), "--output", str(tmp_path), "--device", "cpu"]
+    given += ["--benchmark", "CQADupstackRetrieval"]
+    for _ in range(2):
+        assert cli.main(["evaluate", "mteb", *given]) == 1
+        assert "CQADupstackRetrieval failed: all of its parts failed" in capsys.readouterr().err
+        assert not list(tmp_path.rglob("CQADupstackRetrieval.json"))
+
+
+def test_superseded_tasks_and_those_without_english_are_found() -> None:
+    mteb = pytest.importorskip("mteb")
+    names = ["STSBenchmark", "SICK-R", "GermanSTSBenchmark"]
+    assert [task.metadata.name for task in _tasks(mteb, names)] == names
 
 
 def test_an_unknown_benchmark_has_near_names(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -199,6 +200,11 @@ def test_a_killed_run_goes_on_from_its_checkpoint(
     assert not (tmp_path / "out" / "final").exists()
     assert contrastive() == 0
     assert len(calls) == 5  # three steps are in the checkpoint
+    # Killed while it wrote its last checkpoint: that one does not count.
+    shutil.rmtree(tmp_path / "out" / "final")
+    (tmp_path / "out" / "checkpoints" / "checkpoint-9").mkdir()
+    assert contrastive() == 0
+    assert not (tmp_path / "out" / "checkpoints" / "checkpoint-9").exists()
     assert contrastive("--lr", "0.02") == 2  # another run
     assert contrastive() == 0
     assert len(calls) == 5

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from neobert import cli, files
-from neobert.finetuning.glue import sweep
+from neobert.finetuning.glue import predictions, sweep
 from neobert.finetuning.glue.grid import GRIDS, make_grid
 from neobert.finetuning.glue.runs import Run, read_best
 from neobert.finetuning.glue.tasks import MNLI_CLASSES
@@ -184,6 +184,24 @@ def test_two_processes_share_the_points_and_kill_9_loses_no_finished_one(
     assert before.items() <= results(tmp_path).items()
 
 
+def test_processes_that_finish_together_predict_one_after_the_other(
+    finetune: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_task(tmp_path / "data", "RTE", test=3)
+    write, taken = predictions._write, []
+
+    def watched(run: Run, sweep: sweep.Sweep) -> list[Path]:
+        lock = files.try_lock(run.folder / "lock")
+        taken.append(lock)
+        return write(run, sweep)
+
+    monkeypatch.setattr(predictions, "_write", watched)
+    assert finetune("RTE", "--quiet", "--points-only") == 0
+    assert taken == []
+    assert finetune("RTE", "--quiet") == 0
+    assert taken == [None]
+
+
 def test_a_point_that_another_process_holds_is_left_to_it(
     finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,6 +269,33 @@ def test_rte_starts_from_the_best_mnli_model(
     assert finetune("RTE", "--quiet", "--no-transfer", "--restart") == 0
     assert starts[0] == {"classifier.weight", "classifier.bias"}
     assert "model.transformer_encoder.0.qkv.weight" in starts[1] & starts[2]
+
+
+def test_tasks_that_start_from_mnli_wait_for_its_points_at_other_processes(
+    finetune: Finetune,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("MNLI", "RTE"):
+        write_task(tmp_path / "data", name)
+    assert finetune("MNLI", "--quiet") == 0
+    (point,) = tmp_path.glob("out/Tiny/MNLI/points/*.json")
+    content = point.read_bytes()
+    point.unlink()
+    held = files.try_lock(point.with_name(f"{point.stem}.lock"))
+    assert held is not None
+
+    def other_finishes(seconds: float) -> None:
+        assert not (tmp_path / "out/Tiny/RTE").exists()
+        point.write_bytes(content)
+
+    monkeypatch.setattr("neobert.commands.finetune.time.sleep", other_finishes)
+    with held:
+        assert finetune("MNLI", "--task", "MNLI", "RTE") == 0
+    out = capsys.readouterr()
+    assert out.err.count("MNLI: waits for the points of other processes") == 1
+    assert "RTE: all 1 points are finished" in out.out
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from neobert.loading import digest, model_family
 from neobert.readers import InputError
 
 KIND, VERSION = "neobert contrastive", 1
+LAST_OF_CHECKPOINT = "trainer_state.json"  # what the trainer writes after everything else
 
 
 def train(
@@ -69,7 +70,9 @@ def train(
     encoder = _load(folder, recipe, device)
     if patched:
         nk.patch(encoder)
-    resume = not restart and any((output / "checkpoints").glob("checkpoint-*"))
+    resume = not restart and any(
+        (output / "checkpoints").glob(f"checkpoint-*/{LAST_OF_CHECKPOINT}")
+    )
     _fit(encoder, pairs, recipe, output, instructions, resume)
     if is_first:
         if patched:
@@ -123,6 +126,9 @@ def _begin(output: Path, identity: Mapping[str, Any], restart: bool) -> None:
             f"output: expected the run that began {output}, got {'; '.join(changed)} "
             "(--restart discards it; or choose another --output)"
         )
+    for checkpoint in (output / "checkpoints").glob("checkpoint-*"):
+        if not (checkpoint / LAST_OF_CHECKPOINT).exists():  # killed while it was written
+            shutil.rmtree(checkpoint)
 
 
 def _load(folder: Path, recipe: Recipe, device: str | None) -> Any:

@@ -16,7 +16,15 @@ HEADER = "index\tprediction\n"
 
 
 def write_predictions(run: Run, sweep: Sweep) -> list[Path]:
-    """Predict every test set with the model in ``best``; the files written."""
+    """Predict every test set with the model in ``best``; the files written.
+
+    Processes that finish a grid together do so one after the other.
+    """
+    with files.turn(run.folder / "lock"):
+        return _write(run, sweep)
+
+
+def _write(run: Run, sweep: Sweep) -> list[Path]:
     best = run.folder / "best"
     if not sweep.data.test or not best.is_dir():
         return []
@@ -72,5 +80,6 @@ def write_submission(folder: Path) -> tuple[Path, list[str]] | None:
             # A fixed date: the same predictions are the same archive.
             archive.writestr(zipfile.ZipInfo(name), path.read_bytes(), zipfile.ZIP_DEFLATED)
     path = folder / "submission.zip"
-    files.write_atomically(path, content.getvalue())
+    with files.turn(folder / "lock"):
+        files.write_atomically(path, content.getvalue())
     return path, [name for name in SUBMISSION if f"{name}.tsv" not in found]
