@@ -6,7 +6,7 @@ run the layers over them, and which of its heads read packed output (see ``heads
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from neobert_kernels import _check
 from neobert_kernels.patching.batch import Batch, read_batch, refuse_ignored, setting
+from neobert_kernels.patching.blocks import View
+from neobert_kernels.patching.frozen import PREPARED, Preparer, freeze, refuse_other_use
 
 # The attribute of a patched module that holds its options; `unpatch` deletes it.
 OPTIONS = "_neobert_kernels_options"
@@ -27,6 +29,8 @@ class Options:
     packed_output: bool = False
     mlm_logits: bool | None = None
     labelled_rows_only: bool = False
+    inference: bool = False
+    batch_invariant: bool = False
 
 
 class Packed(NamedTuple):
@@ -46,6 +50,12 @@ class Packed(NamedTuple):
     pooled: Tensor | None = None
     rows: Tensor | None = None
 
+    def documents(self) -> Iterator["Packed"]:
+        """Each document by itself, in memory of its own."""
+        for i, (own, where) in enumerate(self.batch.documents()):
+            pooled = None if self.pooled is None else self.pooled[i : i + 1].clone()
+            yield Packed(self.x[where].clone(), own, None, pooled)
+
 
 @dataclass(frozen=True, eq=False)
 class Family:
@@ -57,6 +67,7 @@ class Family:
         check: Raises ValueError unless every part of a base model is understood.
         layers: ``(name, layer)`` of every block of a base model.
         layer_forward: A block on packed tokens, marked with `replacement`.
+        view: ``(base, layer, preparer)`` to what ``layer_forward`` reads in a frozen model.
         what: What is fused in a block, for the report.
         embed: ``(base, batch, tokens, extras)`` to ``[T, C]``.
         run: ``(base, x, batch, states, rows)`` to ``[T, C]``: all layers and the final norm.
@@ -79,6 +90,7 @@ class Family:
     check: Callable[[Any], None]
     layers: Callable[[Any], Iterable[tuple[str, nn.Module]]]
     layer_forward: Callable
+    view: Callable[[Any, Any, Preparer], View]
     what: str
     embed: Callable[[Any, Batch, Tensor, dict[str, Tensor]], Tensor]
     run: Callable[[Any, Tensor, Batch, list[Tensor] | None, Tensor | None], Tensor]
@@ -145,6 +157,22 @@ def in_place_of(cls: type, fn: Callable) -> Callable:
 
 
 @functools.cache
+def frozen_layer_forward(layer_forward: Callable) -> Callable:
+    """A block that reads its parts from the layer's view.
+
+    A compiler has the layer itself: it lays out weights by its own lights, and sees later changes.
+    """
+
+    @replacement
+    def forward(self: Any, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return layer_forward(self, *args)
+        return layer_forward(self.__dict__[PREPARED], *args)
+
+    return forward
+
+
+@functools.cache
 def base_forward(cls: type, family: Family) -> Callable:
     """The forward of a base model of class ``cls``."""
 
@@ -197,6 +225,12 @@ def encode(base: Any, family: Family, inputs: dict[str, Any], head: HeadCall | N
         _check.tensor("inputs_embeds", tokens, ndim=3)
         _check.dtype("inputs_embeds", tokens)
         _check.shape("inputs_embeds", tokens, (*tokens.shape[:2], base.config.hidden_size))
+    if getattr(base, OPTIONS).inference:
+        refuse_other_use(base, embeds)
+        if not torch.compiler.is_compiling():
+            if base.__dict__[PREPARED] is None:  # a copy
+                freeze(base, family.layers(base), family.view)
+            base.__dict__[PREPARED].check(base)
     keep = setting(inputs, "output_hidden_states", base.config)
     if setting(inputs, "output_attentions", base.config):
         rule = "False in a patched model (fused attention never forms the weights; unpatch first)"
@@ -212,16 +246,61 @@ def encode(base: Any, family: Family, inputs: dict[str, Any], head: HeadCall | N
         for name, value in extras.items()
         if value is not None
     }
-    states: list[Tensor] | None = [] if keep else None
-    x = family.embed(base, batch, batch.pack(tokens), present)
+    run = _run_each if getattr(base, OPTIONS).batch_invariant else _run
     rows = None if head is None or head.rows is None else head.rows(batch)
-    if rows is None or head is None:
-        x = family.run(base, x, batch, states, None)
-        pooled = None if family.pool is None else family.pool(base, x, batch)
-        return Packed(x, batch, states, pooled)
-    early = head.in_last_layer and not keep  # hidden states are wanted at every token
-    x = family.run(base, x, batch, states, rows if early else None)
-    return Packed(x if early else x.index_select(0, rows), batch, states, rows=rows)
+    # Hidden states are wanted at every token, and so are documents that run by themselves.
+    early = rows is not None and head is not None and head.in_last_layer and not keep
+    early = early and run is _run
+    packed = run(base, family, batch.pack(tokens), batch, present, keep, rows if early else None)
+    if rows is None:
+        return packed
+    x = packed.x if early else packed.x.index_select(0, rows)
+    return Packed(x, batch, packed.states, rows=rows)
+
+
+def _run(
+    base: Any,
+    family: Family,
+    tokens: Tensor,
+    batch: Batch,
+    extras: dict[str, Tensor],
+    keep: bool,
+    rows: Tensor | None,
+) -> Packed:
+    """All layers over packed tokens, then the pooler unless only ``rows`` come out."""
+    states: list[Tensor] | None = [] if keep else None
+    x = family.run(base, family.embed(base, batch, tokens, extras), batch, states, rows)
+    pool = family.pool if rows is None else None
+    return Packed(x, batch, states, None if pool is None else pool(base, x, batch))
+
+
+def _run_each(
+    base: Any,
+    family: Family,
+    tokens: Tensor,
+    batch: Batch,
+    extras: dict[str, Tensor],
+    keep: bool,
+    rows: Tensor | None,
+) -> Packed:
+    """`_run` document by document: the same calls for a text, whatever else is in the batch.
+
+    Which bits a matrix product gives depends on how many rows it has and on where they start.
+    """
+    parts = []
+    for own, where in batch.documents():
+        these = {name: value[where] for name, value in extras.items()}
+        parts.append(_run(base, family, tokens[where].clone(), own, these, keep, None))
+    if not parts:
+        return _run(base, family, tokens, batch, extras, keep, None)
+    states = None
+    if keep:
+        kept = [part.states for part in parts if part.states is not None]
+        states = [torch.cat(each) for each in zip(*kept, strict=True)]
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Packed(
+        torch.cat([part.x for part in parts]), batch, states, torch.cat(pooled) if pooled else None
+    )
 
 
 def _row_or_rows(name: str, value: Any, tokens: Tensor) -> Tensor:
