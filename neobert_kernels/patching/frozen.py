@@ -245,7 +245,7 @@ def refuse_other_use(base: Any, embeds: Tensor | None) -> None:
             rule = "torch.no_grad() or torch.inference_mode() with inference=True (or unpatch)"
             raise _check.error("model", rule, "a call with gradients")
     device = next(base.parameters()).device.type
-    if torch.is_autocast_enabled(device):
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         rule = "no autocast with inference=True (cast the model, then patch it)"
         raise _check.error("model", rule, f"autocast to {torch.get_autocast_dtype(device)}")
 

@@ -156,6 +156,8 @@ def masked_lm(
             left_out = None if labels is None else sparse(self)
 
             def kept(batch: Batch) -> Tensor:
+                assert labels is not None
+                assert left_out is not None
                 return _labelled(labels, batch, (left_out,)).nonzero().squeeze(1)
 
             late = getattr(self, OPTIONS).batch_invariant  # rows are chosen from whole documents
