@@ -26,6 +26,7 @@ from neobert_kernels.patching.family import (
     replacement_on,
 )
 from neobert_kernels.patching.frozen import PREPARED, ROWS, Frozen, freeze
+from neobert_kernels.patching.graphs import GRAPHS, Graphs
 
 _MODELS = "transformers.models"
 # Class of the base model: the module whose ``FAMILY`` describes it.
@@ -110,6 +111,7 @@ def patch(
     labelled_rows_only: bool = False,
     inference: bool = False,
     batch_invariant: bool = False,
+    cuda_graphs: bool = False,
 ) -> PatchReport:
     """Let the encoder inside ``model`` run on our operators, with and without padding.
 
@@ -128,6 +130,8 @@ def patch(
             that were prepared; a forward after one of them changed raises.
         batch_invariant: Give a text the same bits whatever else is in its batch: every document
             runs by itself (see docs/patching.md for what that costs).
+        cuda_graphs: Record a forward once for each size of batch, then replay it, on a GPU and
+            without gradients (see docs/patching.md).
 
     Returns:
         What was replaced, what was left, and which implementation each operator uses.
@@ -142,6 +146,7 @@ def patch(
         labelled_rows_only=labelled_rows_only,
         inference=inference,
         batch_invariant=batch_invariant,
+        cuda_graphs=cuda_graphs,
     )
     return _patch(model, options)
 
@@ -192,8 +197,10 @@ def _patch(model: nn.Module, options: Options, rows: int = ROWS, keep: bool = Tr
             each.module.forward = types.MethodType(each.forward, each.module)
         each.module.__dict__[OPTIONS] = options
     _runtime.load_operators()
-    if inference:
-        for _, base, family in found:
+    for _, base, family in found:
+        if options.cuda_graphs:
+            base.__dict__[GRAPHS] = Graphs(base, family.windows(base))
+        if inference:
             freeze(base, family.layers(base), family.view, rows, keep)
     return PatchReport(
         families=families,
@@ -229,7 +236,8 @@ def unpatch(model: nn.Module) -> None:
         if getattr(module.__dict__.get(PREPARED), "released", False):
             raise _check.error("model", "one that kept its weights", "one frozen for good")
     for module in patched_modules:
-        module.__dict__.pop(PREPARED, None)
+        for name in (PREPARED, GRAPHS):
+            module.__dict__.pop(name, None)
         if module.__dict__["forward"].__func__ is replacement_on(module):
             del module.forward
         del module.__dict__[OPTIONS]
@@ -259,6 +267,9 @@ def checked_options(**values: bool | None) -> Options:
     if options.labelled_rows_only and options.mlm_logits:
         rule = "False where mlm_logits are wanted at every token"
         raise _check.error("labelled_rows_only", rule, True)
+    if options.cuda_graphs and options.batch_invariant:
+        rule = "False beside batch_invariant (which runs document by document)"
+        raise _check.error("cuda_graphs", rule, True)
     return options
 
 

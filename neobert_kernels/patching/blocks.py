@@ -86,12 +86,13 @@ def expect(module: Any, cls: Any, name: str, *, called: bool = False) -> None:
     if "forward" in module.__dict__:
         rule = f"{name} with the forward of its class (a patched encoder does not call it)"
         raise _check.error("model", rule, "one whose forward was replaced")
-    if _has_hooks(module):
+    if has_hooks(module):
         rule = f"{name} without hooks (a patched encoder does not call it)"
         raise _check.error("model", rule, "one that has them")
 
 
-def _has_hooks(module: Any) -> bool:
+def has_hooks(module: Any) -> bool:
+    """Whether anybody but transformers, which records outputs, hooked it."""
     hooks = (
         *module._forward_hooks.values(),
         *module._forward_pre_hooks.values(),
@@ -104,7 +105,7 @@ def _has_hooks(module: Any) -> bool:
 def is_watched(module: Any) -> bool:
     """Whether it may be more than what its library made: then it has to be called, as it is."""
     library = type(module).__module__.startswith(("transformers.", "torch.nn."))
-    return not library or "forward" in module.__dict__ or _has_hooks(module)
+    return not library or "forward" in module.__dict__ or has_hooks(module)
 
 
 def refuse_attention_dropout(training: bool, probability: float) -> None:

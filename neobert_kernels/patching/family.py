@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neobert_kernels import _check
+from neobert_kernels.patching import graphs
 from neobert_kernels.patching.batch import Batch, read_batch, refuse_ignored, setting
 from neobert_kernels.patching.blocks import View
 from neobert_kernels.patching.frozen import PREPARED, Preparer, freeze, refuse_other_use
@@ -31,6 +32,7 @@ class Options:
     labelled_rows_only: bool = False
     inference: bool = False
     batch_invariant: bool = False
+    cuda_graphs: bool = False
 
 
 class Packed(NamedTuple):
@@ -77,6 +79,7 @@ class Family:
         longest: The most tokens a document may have, or None where nothing limits them.
         extras: Names of inputs ``[B, S]`` besides ids, mask and positions.
         pool: ``(base, x, batch)`` to the pooler's output or None; None if there is no pooler.
+        windows: ``(base)`` to the radii of its local attention.
         first_position: Position of a document's first token.
         positions: ``(base, input_ids, batch)`` to positions ``[T]`` where the caller gives none;
             None: counted from ``first_position``.
@@ -98,6 +101,7 @@ class Family:
     longest: Callable[[Any], int | None]
     extras: tuple[str, ...] = ()
     pool: Callable[[Any, Tensor, Batch], Tensor | None] | None = None
+    windows: Callable[[Any], set[int]] = lambda base: set()
     first_position: Callable[[Any], int] | None = None
     positions: Callable[[Any, Tensor, Batch], Tensor] | None = None
     heads: Mapping[str, Callable[[type], Callable]] = field(default_factory=dict)
@@ -246,12 +250,16 @@ def encode(base: Any, family: Family, inputs: dict[str, Any], head: HeadCall | N
         for name, value in extras.items()
         if value is not None
     }
-    run = _run_each if getattr(base, OPTIONS).batch_invariant else _run
+    own = batch.pack(tokens)
+    options = getattr(base, OPTIONS)
+    run = _run_each if options.batch_invariant else _run
+    if options.cuda_graphs and graphs.takes(_graphs(base, family), base, own, keep):
+        run = _replay
     rows = None if head is None or head.rows is None else head.rows(batch)
     # Hidden states are wanted at every token, and so are documents that run by themselves.
     early = rows is not None and head is not None and head.in_last_layer and not keep
     early = early and run is _run
-    packed = run(base, family, batch.pack(tokens), batch, present, keep, rows if early else None)
+    packed = run(base, family, own, batch, present, keep, rows if early else None)
     if rows is None:
         return packed
     x = packed.x if early else packed.x.index_select(0, rows)
@@ -301,6 +309,32 @@ def _run_each(
     return Packed(
         torch.cat([part.x for part in parts]), batch, states, torch.cat(pooled) if pooled else None
     )
+
+
+def _graphs(base: Any, family: Family) -> graphs.Graphs:
+    own = base.__dict__[graphs.GRAPHS]
+    if own is None:  # a copy
+        own = base.__dict__[graphs.GRAPHS] = graphs.Graphs(base, family.windows(base))
+    return own
+
+
+def _replay(
+    base: Any,
+    family: Family,
+    tokens: Tensor,
+    batch: Batch,
+    extras: dict[str, Tensor],
+    keep: bool,
+    rows: Tensor | None,
+) -> Packed:
+    """`_run` through a graph of the batch's bucket."""
+
+    def forward(tokens: Tensor, batch: Batch, extras: dict[str, Tensor]) -> graphs.Outputs:
+        found = _run(base, family, tokens, batch, extras, False, None)
+        return found.x, found.pooled
+
+    x, pooled = _graphs(base, family).run(forward, tokens, batch, extras)
+    return Packed(x, batch, None, pooled)
 
 
 def _row_or_rows(name: str, value: Any, tokens: Tensor) -> Tensor:

@@ -191,6 +191,7 @@ FAMILY = Family(
     run=run,
     output="BaseModelOutput",
     longest=lambda base: None,
+    windows=lambda base: {base.config.sliding_window},
     heads={
         "ModernBertForMaskedLM": heads.masked_lm(
             lambda self, x: self.head(x),
