@@ -137,6 +137,8 @@ def _output_view(block: Any, prepare: Preparer) -> View:
 
 
 def _residual_norm(block: Any, x: Tensor, residual: Tensor) -> Tensor:
+    if isinstance(block.dense, Product) and not block.dropout.training:
+        return layer_norm(block.LayerNorm, block.dense.plus(x, residual), None)[0]
     return layer_norm(block.LayerNorm, residual, block.dropout(block.dense(x)))[0]
 
 

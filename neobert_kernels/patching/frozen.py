@@ -32,8 +32,11 @@ ROWS = 1024  # tokens of a batch, for which oneDNN lays weights out; other count
 def onednn_available() -> bool:
     """Whether this build of PyTorch has oneDNN's Linear with prepacked weights."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, name) for name in names
+    found = all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return (
+        torch.backends.mkldnn.is_available()
+        and found
+        and "binary" in torch.ops.mkldnn._linear_pointwise.overloads()
     )
 
 
@@ -92,6 +95,13 @@ class Product:
         # "none" asks for erf; the other GELU is "tanh".
         after, kind = ("gelu", "none") if self.gelu else ("none", "")
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], kind)
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """``self(x) + other``, added where the product is still in cache."""
+        if not self.packed or self.gelu:
+            return self(x) + other
+        binary = torch.ops.mkldnn._linear_pointwise.binary
+        return binary(x, other, self.weight, self.bias, "add")
 
     def stale(self) -> str | None:
         """What changed since the product was made: the name of a parameter, or "hooks"."""

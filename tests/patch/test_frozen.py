@@ -203,6 +203,9 @@ def test_a_product_equals_linear_and_gelu(rows, bias, gelu):
     with torch.inference_mode():
         exact, ours = reference(x.double(), torch.float64), product(x)
         assert_within_budget(ours, reference(x, torch.float32), exact)
+        added = torch.randn(rows, 80)
+        rounded = reference(x, torch.float32) + added
+        assert_within_budget(product.plus(x, added), rounded, exact + added)
 
 
 def test_a_bias_of_some_layers_is_zero_in_the_others():
