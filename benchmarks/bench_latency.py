@@ -11,7 +11,7 @@ from shapes import FIRST, MODELS, SMALL
 from timing import Timing, summarize
 from ways import Ways
 
-WAYS = ("patched", "sdpa")
+WAYS = {"cuda": ("patched", "sdpa", "frozen", "graphs"), "cpu": ("patched", "sdpa", "frozen")}
 CALLS = {"cuda": 300, "cpu": 40}
 
 
@@ -32,15 +32,16 @@ def test_latency(
     ways = Ways(MODELS[model], device, dtype, **(SMALL if quick else {}))
     ids, mask = ways.batch([tokens])
     calls = {}
-    for name in WAYS:
+    names = WAYS[device]
+    for name in names:
         way, why = ways.working(name)
         assert way is not None, why
         calls[name] = way
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
 
     def measure() -> dict[str, Timing]:
         for number in range(-5, 4 if quick else CALLS[device]):
-            for name in WAYS:
+            for name in names:
                 began = time.perf_counter()
                 calls[name](ids, mask)[:, 0].float().cpu()
                 if number >= 0:

@@ -28,6 +28,13 @@ PINNED = {
 }
 # The patched model with the attention of others, on packed documents as well.
 PACKED_PEERS = {"patched_torch_varlen": "torch_varlen", "patched_flash_attn": "flash_attn"}
+# The patched model and its forms for inference, which are not in `names`: see bench_latency.
+FORMS: dict[str, dict[str, bool]] = {
+    "patched": {},
+    "frozen": {"inference": True},
+    "batch_invariant": {"inference": True, "batch_invariant": True},
+    "graphs": {"inference": True, "cuda_graphs": True},
+}
 Result = TypeVar("Result")
 Way = Callable[[Tensor, Tensor], Tensor]  # token ids and mask to hidden states, [B, S, C]
 FEW = (40, 7, 23)  # tokens of the documents that a way is checked on
@@ -59,9 +66,9 @@ class Ways:
 
     def build(self, name: str) -> Way:
         """One of `names`. Whatever it raises is why the way is absent."""
-        if name == "patched":
+        if name in FORMS:
             patched = self.twin()
-            nk.patch(patched)
+            nk.patch(patched, **FORMS[name])
             return hidden_of(patched)
         if name in PACKED_PEERS:
             return asking(PACKED_PEERS[name], self.build("patched"))

@@ -28,7 +28,6 @@ from neobert.loading import (
     model_folder,
     text_length,
 )
-from neobert.prepacked import available, prepack
 from neobert.sentence_files import POOLINGS, SentenceSettings, read_settings
 from neobert.truncation import token_ids
 from neobert_kernels import patching
@@ -109,7 +108,7 @@ class Encoder:
     Attributes:
         name: The model as the caller named it.
         family: Its ``model_type``, with underscores.
-        model: For inference only: in float32 on a CPU its Linear layers are prepacked.
+        model: For inference only: a patched one gave up weights for prepared ones.
         dim: Width of an embedding.
         pooling: "mean" or "cls".
         normalize: Whether embeddings have length 1.
@@ -177,10 +176,8 @@ class Encoder:
         network = load_model(folder, DTYPES[dtype]).to(where).eval()
         tokenizer = load_tokenizer(folder, network.config.vocab_size)
         length = text_length(max_length, settings, tokenizer, network)
-        report = nk.patch(network) if patched else None
         max_tokens = max_tokens or MAX_TOKENS[where.type]
-        if patched and where.type == "cpu" and dtype == "float32" and available():
-            prepack(network, max_tokens)
+        report = patching.patch_for_good(network, max_tokens) if patched else None
         fingerprint: dict[str, str | int] = {
             "model": str(model),
             "revision": revision or "",

@@ -10,7 +10,7 @@ import importlib
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -22,8 +22,11 @@ from neobert_kernels.patching.family import (
     Family,
     Options,
     base_forward,
+    frozen_layer_forward,
     replacement_on,
 )
+from neobert_kernels.patching.frozen import PREPARED, ROWS, Frozen, freeze
+from neobert_kernels.patching.graphs import GRAPHS, Graphs
 
 _MODELS = "transformers.models"
 # Class of the base model: the module whose ``FAMILY`` describes it.
@@ -67,12 +70,15 @@ class PatchReport:
         left: Modules that keep theirs.
         implementations: Operator to "triton", "triton-interpreter" or "reference", on the
             model's device.
+        prepared: How many matrix products of each base model have weights of their own
+            (``inference=True``), and the memory that these take.
     """
 
     families: dict[str, str]
     replaced: list[Entry]
     left: list[Entry]
     implementations: dict[str, str]
+    prepared: list[Entry] = field(default_factory=list)
 
     def __str__(self) -> str:
         found = ", ".join(f"{name or 'the model'} ({f})" for name, f in self.families.items())
@@ -80,6 +86,7 @@ class PatchReport:
         for title, entries in (("replaced", self.replaced), ("left", self.left)):
             for (what, why), count in _counted(entries).items():
                 lines.append(f"  {title:<9} {count:>3} x {what}: {why}")
+        lines += [f"  prepared  {what}: {memory}" for _, what, memory in self.prepared]
         lines += [f"  operator  {name}: {how}" for name, how in self.implementations.items()]
         return "\n".join(lines)
 
@@ -102,6 +109,9 @@ def patch(
     packed_output: bool = False,
     mlm_logits: bool | None = None,
     labelled_rows_only: bool = False,
+    inference: bool = False,
+    batch_invariant: bool = False,
+    cuda_graphs: bool = False,
 ) -> PatchReport:
     """Let the encoder inside ``model`` run on our operators, with and without padding.
 
@@ -115,6 +125,13 @@ def patch(
             training mode, yes in evaluation mode.
         labelled_rows_only: Where a masked-LM head returns no logits, let the last layer's output
             projection and feed-forward, too, run at labelled tokens only.
+        inference: Prepare the layers' weights once, for forwards without gradients (see
+            docs/patching.md). The weights stay as they are, so memory holds second copies of those
+            that were prepared; a forward after one of them changed raises.
+        batch_invariant: Give a text the same bits whatever else is in its batch: every document
+            runs by itself (see docs/patching.md for what that costs).
+        cuda_graphs: Record a forward once for each size of batch, then replay it, on a GPU and
+            without gradients (see docs/patching.md).
 
     Returns:
         What was replaced, what was left, and which implementation each operator uses.
@@ -124,8 +141,31 @@ def patch(
             its family builds it. Nothing is changed then, and the unpatched model still works.
     """
     options = checked_options(
-        packed_output=packed_output, mlm_logits=mlm_logits, labelled_rows_only=labelled_rows_only
+        packed_output=packed_output,
+        mlm_logits=mlm_logits,
+        labelled_rows_only=labelled_rows_only,
+        inference=inference,
+        batch_invariant=batch_invariant,
+        cuda_graphs=cuda_graphs,
     )
+    return _patch(model, options)
+
+
+def patch_for_good(model: nn.Module, rows: int) -> PatchReport:
+    """``patch(model, inference=True)`` with prepared weights in place of the model's own.
+
+    Layer by layer, so that it takes no more memory than the model did. Such a model only encodes:
+    it can be neither unpatched nor copied nor saved.
+
+    Args:
+        model: As `patch`.
+        rows: Tokens of a batch.
+    """
+    return _patch(model, Options(inference=True), rows, keep=False)
+
+
+def _patch(model: nn.Module, options: Options, rows: int = ROWS, keep: bool = True) -> PatchReport:
+    inference = options.inference
     if not isinstance(model, nn.Module):
         raise _check.error("model", "a torch.nn.Module", type(model).__name__)
     if is_patched(model):
@@ -135,10 +175,11 @@ def patch(
     replacements: list[Replacement] = []
     operators: set[str] = set()
     device = torch.device("cpu")
-    for name, base, family in _find(model):
-        _check_parameters(name, base)
+    found = list(_find(model))
+    for name, base, family in found:
+        _check_parameters(name, base, inference)
         family.check(base)
-        replacements += _in_base(name, base, family)
+        replacements += _in_base(name, base, family, inference)
         replacements += _heads_over(model, base, family)
         operators |= set(family.operators)
         families[name] = family.name
@@ -156,12 +197,25 @@ def patch(
             each.module.forward = types.MethodType(each.forward, each.module)
         each.module.__dict__[OPTIONS] = options
     _runtime.load_operators()
+    for _, base, family in found:
+        if options.cuda_graphs:
+            base.__dict__[GRAPHS] = Graphs(base, family.windows(base))
+        if inference:
+            freeze(base, family.layers(base), family.view, rows, keep)
     return PatchReport(
         families=families,
         replaced=[Entry(r.name, type(r.module).__name__, r.what) for r in replacements],
         left=list(_left(model, {r.name for r in replacements})),
         implementations={name: _runtime.implementation(name, device) for name in sorted(operators)},
+        prepared=[
+            Entry(name, *_prepared(base.__dict__[PREPARED])) for name, base, _ in found if inference
+        ],
     )
+
+
+def _prepared(frozen: Frozen) -> tuple[str, str]:
+    kind = "in place of the model's" if frozen.released else "of second copies"
+    return f"{len(frozen.products)} products", f"{frozen.nbytes / 2**20:.1f} MiB {kind}"
 
 
 def unpatch(model: nn.Module) -> None:
@@ -179,6 +233,11 @@ def unpatch(model: nn.Module) -> None:
     if not patched_modules:
         raise _check.error("model", "a patched model", "one that is not patched")
     for module in patched_modules:
+        if getattr(module.__dict__.get(PREPARED), "released", False):
+            raise _check.error("model", "one that kept its weights", "one frozen for good")
+    for module in patched_modules:
+        for name in (PREPARED, GRAPHS):
+            module.__dict__.pop(name, None)
         if module.__dict__["forward"].__func__ is replacement_on(module):
             del module.forward
         del module.__dict__[OPTIONS]
@@ -208,6 +267,9 @@ def checked_options(**values: bool | None) -> Options:
     if options.labelled_rows_only and options.mlm_logits:
         rule = "False where mlm_logits are wanted at every token"
         raise _check.error("labelled_rows_only", rule, True)
+    if options.cuda_graphs and options.batch_invariant:
+        rule = "False beside batch_invariant (which runs document by document)"
+        raise _check.error("cuda_graphs", rule, True)
     return options
 
 
@@ -233,12 +295,15 @@ def _adapter(cls: type) -> str | None:
     return ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
-def _in_base(name: str, base: nn.Module, family: Family) -> Iterator[Replacement]:
+def _in_base(name: str, base: nn.Module, family: Family, inference: bool) -> Iterator[Replacement]:
     forward = base_forward(type(base), family)  # type: ignore[arg-type]
     yield Replacement(name, base, forward, "packs once, unpacks once")
     prefix = f"{name}." if name else ""
+    layer_forward = family.layer_forward
+    if inference:
+        layer_forward = frozen_layer_forward(layer_forward)
     for layer_name, layer in family.layers(base):
-        yield Replacement(prefix + layer_name, layer, family.layer_forward, family.what)
+        yield Replacement(prefix + layer_name, layer, layer_forward, family.what)
 
 
 def _heads_over(model: nn.Module, base: nn.Module, family: Family) -> Iterator[Replacement]:
@@ -282,11 +347,14 @@ def _check_readers(model: nn.Module) -> None:
             raise _check.error(f"{name}.query_expansion", rule, "attend=False")
 
 
-def _check_parameters(name: str, base: nn.Module) -> None:
+def _check_parameters(name: str, base: nn.Module, inference: bool) -> None:
     for key, parameter in base.named_parameters():
         where = f"{name}.{key}" if name else key
         if parameter.is_meta:
             raise _check.error("model", "weights in memory", f"{where} on the meta device")
+        if inference and parameter.is_inference():  # nothing would tell that they change
+            rule = "weights made outside of torch.inference_mode() with inference=True"
+            raise _check.error("model", rule, f"{where} made inside")
         if parameter.is_floating_point() and parameter.dtype not in _check.DTYPES:
             raise _check.error(
                 "model", "float32, float16 or bfloat16 weights", f"{where} of {parameter.dtype}"

@@ -1,6 +1,7 @@
 """One call's input in packed form, however the caller laid it out."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +40,12 @@ class Batch:
     def layout(self, packed: bool) -> Callable[[Tensor], Tensor]:
         """`unpack`, or where ``packed`` output was asked for, ``[T, ...]`` to ``[1, T, ...]``."""
         return (lambda x: x[None]) if packed else self.unpack
+
+    def documents(self) -> Iterator[tuple["Batch", slice]]:
+        """Each document as a batch of its own, and its tokens. On a GPU this reads boundaries."""
+        for low, high in itertools.pairwise(self.cu_seqlens.tolist()):
+            bounds = self.cu_seqlens.new_tensor([0, high - low])
+            yield Batch(bounds, high - low, self.positions[low:high], None), slice(low, high)
 
     def with_positions(self, positions: Tensor) -> "Batch":
         return replace(self, positions=positions)

@@ -16,21 +16,23 @@ from neobert_kernels.patching import heads
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import (
     Context,
+    View,
     at,
     expect,
-    heads_of,
     is_watched,
     layer_norm,
     look_up,
+    projected,
     refuse_attention_dropout,
     run_post_norm,
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
+from neobert_kernels.patching.frozen import Preparer, Product
 
 OPERATORS = ("add_layer_norm", "attention", "first_pool", "linear_cross_entropy")
 
-
+QKV = ("query", "key", "value")
 MODELING = "transformers.models.bert.modeling_bert"
 
 
@@ -89,10 +91,7 @@ def layer_forward(self: Any, x: Tensor, context: Context, rows: Tensor | None) -
     """One block on packed tokens, ``[T, C]`` to ``[T, C]``, or to ``rows`` of it."""
     attention = self.attention.self
     refuse_attention_dropout(self.training, attention.dropout.p)
-    q, k, v = (
-        heads_of(project(x), attention.attention_head_size)
-        for project in (attention.query, attention.key, attention.value)
-    )
+    q, k, v = projected(attention, QKV, attention.attention_head_size, x)
     mixed = nk.attention(q, k, v, context.cu_seqlens, context.max_seqlen, scale=attention.scaling)
     x = _residual_norm(self.attention.output, at(rows, mixed.flatten(1)), at(rows, x))
     return _residual_norm(self.output, _expanded(self.intermediate, x), x)
@@ -103,6 +102,8 @@ def _expanded(intermediate: Any, x: Tensor) -> Tensor:
 
     The argument is the largest tensor of a block: memory for a second one costs a CPU 5 %.
     """
+    if isinstance(intermediate, Product):
+        return intermediate(x)
     parts = intermediate, intermediate.dense, intermediate.intermediate_act_fn
     gelu = getattr(intermediate.intermediate_act_fn, "act", None) is nn.functional.gelu
     if not gelu or torch.is_grad_enabled() or any(is_watched(part) for part in parts):
@@ -110,7 +111,34 @@ def _expanded(intermediate: Any, x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_(intermediate.dense(x))
 
 
+def view(base: Any, layer: Any, prepare: Preparer) -> View:
+    """The layer as `layer_forward` reads it in a frozen model."""
+    attention, self_ = layer.attention, layer.attention.self
+    qkv = prepare.together([getattr(self_, name) for name in QKV])
+    wide = layer.intermediate
+    expanded = None
+    if not is_watched(wide):
+        expanded = prepare.with_gelu(wide.dense, wide.intermediate_act_fn)
+    parts = {"qkv": qkv, "counts": [self_.num_attention_heads] * 3}
+    return View(
+        layer,
+        {
+            "attention": View(
+                attention, {"self": View(self_, parts), "output": _output_view(attention, prepare)}
+            ),
+            "intermediate": wide if expanded is None else expanded,
+            "output": _output_view(layer, prepare),
+        },
+    )
+
+
+def _output_view(block: Any, prepare: Preparer) -> View:
+    return View(block.output, {"dense": prepare.alone(block.output.dense)})
+
+
 def _residual_norm(block: Any, x: Tensor, residual: Tensor) -> Tensor:
+    if isinstance(block.dense, Product) and not block.dropout.training:
+        return layer_norm(block.LayerNorm, block.dense.plus(x, residual), None)[0]
     return layer_norm(block.LayerNorm, residual, block.dropout(block.dense(x)))[0]
 
 
@@ -141,6 +169,7 @@ FAMILY = Family(
     check=lambda base: check_like_bert(base, MODELING, "Bert"),
     layers=layers,
     layer_forward=layer_forward,
+    view=view,
     what="packed attention, norms fused with their residual",
     embed=embed,
     run=run,

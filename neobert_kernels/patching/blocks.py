@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import neobert_kernels as nk
 from neobert_kernels import _check
@@ -34,6 +34,36 @@ class Context:
         self.cos, self.sin = cos, sin
 
 
+class View:
+    """A module of a frozen model as its block reads it: ``parts`` in place of some attributes.
+
+    Modules that stay are looked up once, everything else is the module's own. A plain attribute
+    costs less than one of an `nn.Module`.
+    """
+
+    def __init__(self, module: nn.Module, parts: dict[str, Any]) -> None:
+        self.__dict__.update(module._modules, **parts)
+        self._module, self._parts, self._seen = module, parts, dict(module._modules)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def current(self) -> bool:
+        """Whether the module still has the children that it had."""
+        return self._module._modules == self._seen
+
+    def all(self) -> list["View"]:
+        """This view and those among its parts."""
+        nested = [part.all() for part in self._parts.values() if isinstance(part, View)]
+        return [self, *(view for views in nested for view in views)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model has its products made again, by its first forward."""
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
 def rotated(batch: Batch, head_size: int, theta: float) -> Context:
     """The context of a family with RoPE: one table for all blocks that share ``theta``."""
     cos, sin = nk.rope_table(batch.positions, head_size, theta)
@@ -56,12 +86,13 @@ def expect(module: Any, cls: Any, name: str, *, called: bool = False) -> None:
     if "forward" in module.__dict__:
         rule = f"{name} with the forward of its class (a patched encoder does not call it)"
         raise _check.error("model", rule, "one whose forward was replaced")
-    if _has_hooks(module):
+    if has_hooks(module):
         rule = f"{name} without hooks (a patched encoder does not call it)"
         raise _check.error("model", rule, "one that has them")
 
 
-def _has_hooks(module: Any) -> bool:
+def has_hooks(module: Any) -> bool:
+    """Whether anybody but transformers, which records outputs, hooked it."""
     hooks = (
         *module._forward_hooks.values(),
         *module._forward_pre_hooks.values(),
@@ -74,7 +105,7 @@ def _has_hooks(module: Any) -> bool:
 def is_watched(module: Any) -> bool:
     """Whether it may be more than what its library made: then it has to be called, as it is."""
     library = type(module).__module__.startswith(("transformers.", "torch.nn."))
-    return not library or "forward" in module.__dict__ or _has_hooks(module)
+    return not library or "forward" in module.__dict__ or has_hooks(module)
 
 
 def refuse_attention_dropout(training: bool, probability: float) -> None:
@@ -89,6 +120,20 @@ def refuse_attention_dropout(training: bool, probability: float) -> None:
 def heads_of(x: Tensor, head_size: int) -> Tensor:
     """``[T, H * D]`` to ``[T, H, D]``."""
     return x.unflatten(-1, (-1, head_size))
+
+
+def projected(
+    attention: Any, names: tuple[str, str, str], head_size: int, x: Tensor
+) -> tuple[Tensor, ...]:
+    """q, k and v ``[T, heads, D]``: three products, or one where a view has them together."""
+    if isinstance(attention, View) and attention.qkv is not None:
+        return heads_of(attention.qkv(x), head_size).split(attention.counts, 1)
+    return tuple(heads_of(getattr(attention, name)(x), head_size) for name in names)
+
+
+def in_pairs(attention: Any, own: bool) -> bool:
+    """Whether RoPE's pairs are neighbours in its q and k: ``own``, unless a view says otherwise."""
+    return bool(attention.interleaved) if isinstance(attention, View) else own
 
 
 def look_up(table: Any, ids: Tensor, name: str) -> Tensor:

@@ -6,7 +6,7 @@ run the layers over them, and which of its heads read packed output (see ``heads
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from neobert_kernels import _check
+from neobert_kernels.patching import graphs
 from neobert_kernels.patching.batch import Batch, read_batch, refuse_ignored, setting
+from neobert_kernels.patching.blocks import View
+from neobert_kernels.patching.frozen import PREPARED, Preparer, freeze, refuse_other_use
 
 # The attribute of a patched module that holds its options; `unpatch` deletes it.
 OPTIONS = "_neobert_kernels_options"
@@ -27,6 +30,9 @@ class Options:
     packed_output: bool = False
     mlm_logits: bool | None = None
     labelled_rows_only: bool = False
+    inference: bool = False
+    batch_invariant: bool = False
+    cuda_graphs: bool = False
 
 
 class Packed(NamedTuple):
@@ -46,6 +52,12 @@ class Packed(NamedTuple):
     pooled: Tensor | None = None
     rows: Tensor | None = None
 
+    def documents(self) -> Iterator["Packed"]:
+        """Each document by itself, in memory of its own."""
+        for i, (own, where) in enumerate(self.batch.documents()):
+            pooled = None if self.pooled is None else self.pooled[i : i + 1].clone()
+            yield Packed(self.x[where].clone(), own, None, pooled)
+
 
 @dataclass(frozen=True, eq=False)
 class Family:
@@ -57,6 +69,7 @@ class Family:
         check: Raises ValueError unless every part of a base model is understood.
         layers: ``(name, layer)`` of every block of a base model.
         layer_forward: A block on packed tokens, marked with `replacement`.
+        view: ``(base, layer, preparer)`` to what ``layer_forward`` reads in a frozen model.
         what: What is fused in a block, for the report.
         embed: ``(base, batch, tokens, extras)`` to ``[T, C]``.
         run: ``(base, x, batch, states, rows)`` to ``[T, C]``: all layers and the final norm.
@@ -66,6 +79,7 @@ class Family:
         longest: The most tokens a document may have, or None where nothing limits them.
         extras: Names of inputs ``[B, S]`` besides ids, mask and positions.
         pool: ``(base, x, batch)`` to the pooler's output or None; None if there is no pooler.
+        windows: ``(base)`` to the radii of its local attention.
         first_position: Position of a document's first token.
         positions: ``(base, input_ids, batch)`` to positions ``[T]`` where the caller gives none;
             None: counted from ``first_position``.
@@ -79,6 +93,7 @@ class Family:
     check: Callable[[Any], None]
     layers: Callable[[Any], Iterable[tuple[str, nn.Module]]]
     layer_forward: Callable
+    view: Callable[[Any, Any, Preparer], View]
     what: str
     embed: Callable[[Any, Batch, Tensor, dict[str, Tensor]], Tensor]
     run: Callable[[Any, Tensor, Batch, list[Tensor] | None, Tensor | None], Tensor]
@@ -86,6 +101,7 @@ class Family:
     longest: Callable[[Any], int | None]
     extras: tuple[str, ...] = ()
     pool: Callable[[Any, Tensor, Batch], Tensor | None] | None = None
+    windows: Callable[[Any], set[int]] = lambda base: set()
     first_position: Callable[[Any], int] | None = None
     positions: Callable[[Any, Tensor, Batch], Tensor] | None = None
     heads: Mapping[str, Callable[[type], Callable]] = field(default_factory=dict)
@@ -145,6 +161,22 @@ def in_place_of(cls: type, fn: Callable) -> Callable:
 
 
 @functools.cache
+def frozen_layer_forward(layer_forward: Callable) -> Callable:
+    """A block that reads its parts from the layer's view.
+
+    A compiler has the layer itself: it lays out weights by its own lights, and sees later changes.
+    """
+
+    @replacement
+    def forward(self: Any, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return layer_forward(self, *args)
+        return layer_forward(self.__dict__[PREPARED], *args)
+
+    return forward
+
+
+@functools.cache
 def base_forward(cls: type, family: Family) -> Callable:
     """The forward of a base model of class ``cls``."""
 
@@ -197,6 +229,12 @@ def encode(base: Any, family: Family, inputs: dict[str, Any], head: HeadCall | N
         _check.tensor("inputs_embeds", tokens, ndim=3)
         _check.dtype("inputs_embeds", tokens)
         _check.shape("inputs_embeds", tokens, (*tokens.shape[:2], base.config.hidden_size))
+    if getattr(base, OPTIONS).inference:
+        refuse_other_use(base, embeds)
+        if not torch.compiler.is_compiling():
+            if base.__dict__[PREPARED] is None:  # a copy
+                freeze(base, family.layers(base), family.view)
+            base.__dict__[PREPARED].check(base)
     keep = setting(inputs, "output_hidden_states", base.config)
     if setting(inputs, "output_attentions", base.config):
         rule = "False in a patched model (fused attention never forms the weights; unpatch first)"
@@ -212,16 +250,91 @@ def encode(base: Any, family: Family, inputs: dict[str, Any], head: HeadCall | N
         for name, value in extras.items()
         if value is not None
     }
-    states: list[Tensor] | None = [] if keep else None
-    x = family.embed(base, batch, batch.pack(tokens), present)
+    own = batch.pack(tokens)
+    options = getattr(base, OPTIONS)
+    run = _run_each if options.batch_invariant else _run
+    if options.cuda_graphs and graphs.takes(_graphs(base, family), base, own, keep):
+        run = _replay
     rows = None if head is None or head.rows is None else head.rows(batch)
-    if rows is None or head is None:
-        x = family.run(base, x, batch, states, None)
-        pooled = None if family.pool is None else family.pool(base, x, batch)
-        return Packed(x, batch, states, pooled)
-    early = head.in_last_layer and not keep  # hidden states are wanted at every token
-    x = family.run(base, x, batch, states, rows if early else None)
-    return Packed(x if early else x.index_select(0, rows), batch, states, rows=rows)
+    # Hidden states are wanted at every token, and so are documents that run by themselves.
+    early = rows is not None and head is not None and head.in_last_layer and not keep
+    early = early and run is _run
+    packed = run(base, family, own, batch, present, keep, rows if early else None)
+    if rows is None:
+        return packed
+    x = packed.x if early else packed.x.index_select(0, rows)
+    return Packed(x, batch, packed.states, rows=rows)
+
+
+def _run(
+    base: Any,
+    family: Family,
+    tokens: Tensor,
+    batch: Batch,
+    extras: dict[str, Tensor],
+    keep: bool,
+    rows: Tensor | None,
+) -> Packed:
+    """All layers over packed tokens, then the pooler unless only ``rows`` come out."""
+    states: list[Tensor] | None = [] if keep else None
+    x = family.run(base, family.embed(base, batch, tokens, extras), batch, states, rows)
+    pool = family.pool if rows is None else None
+    return Packed(x, batch, states, None if pool is None else pool(base, x, batch))
+
+
+def _run_each(
+    base: Any,
+    family: Family,
+    tokens: Tensor,
+    batch: Batch,
+    extras: dict[str, Tensor],
+    keep: bool,
+    rows: Tensor | None,
+) -> Packed:
+    """`_run` document by document: the same calls for a text, whatever else is in the batch.
+
+    Which bits a matrix product gives depends on how many rows it has and on where they start.
+    """
+    parts = []
+    for own, where in batch.documents():
+        these = {name: value[where] for name, value in extras.items()}
+        parts.append(_run(base, family, tokens[where].clone(), own, these, keep, None))
+    if not parts:
+        return _run(base, family, tokens, batch, extras, keep, None)
+    states = None
+    if keep:
+        kept = [part.states for part in parts if part.states is not None]
+        states = [torch.cat(each) for each in zip(*kept, strict=True)]
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Packed(
+        torch.cat([part.x for part in parts]), batch, states, torch.cat(pooled) if pooled else None
+    )
+
+
+def _graphs(base: Any, family: Family) -> graphs.Graphs:
+    own = base.__dict__[graphs.GRAPHS]
+    if own is None:  # a copy
+        own = base.__dict__[graphs.GRAPHS] = graphs.Graphs(base, family.windows(base))
+    return own
+
+
+def _replay(
+    base: Any,
+    family: Family,
+    tokens: Tensor,
+    batch: Batch,
+    extras: dict[str, Tensor],
+    keep: bool,
+    rows: Tensor | None,
+) -> Packed:
+    """`_run` through a graph of the batch's bucket."""
+
+    def forward(tokens: Tensor, batch: Batch, extras: dict[str, Tensor]) -> graphs.Outputs:
+        found = _run(base, family, tokens, batch, extras, False, None)
+        return found.x, found.pooled
+
+    x, pooled = _graphs(base, family).run(forward, tokens, batch, extras)
+    return Packed(x, batch, None, pooled)
 
 
 def _row_or_rows(name: str, value: Any, tokens: Tensor) -> Tensor:

@@ -64,6 +64,14 @@ def _call_base(self: Any, inputs: dict[str, Any], head: HeadCall) -> Packed:
     return packed
 
 
+def _each(self: Any, packed: Packed, fn: Callable[[Packed], Tensor]) -> Tensor:
+    """``fn`` of the batch, or document by document where others must not change the bits."""
+    if not getattr(self, OPTIONS).batch_invariant:
+        return fn(packed)
+    parts = [fn(each) for each in packed.documents()]
+    return torch.cat(parts) if parts else fn(packed)
+
+
 def _output(
     self: Any,
     kind: str,
@@ -146,13 +154,19 @@ def masked_lm(
                 total, packed = _loss_only(self, inputs, labels, rows, items, options)
                 return _output(self, "MaskedLMOutput", packed, return_dict, loss=total)
             left_out = None if labels is None else sparse(self)
-            call = HeadCall()
-            if left_out is not None:
-                call = HeadCall(
-                    lambda batch: _labelled(labels, batch, (left_out,)).nonzero().squeeze(1)
-                )
+
+            def kept(batch: Batch) -> Tensor:
+                assert labels is not None
+                assert left_out is not None
+                return _labelled(labels, batch, (left_out,)).nonzero().squeeze(1)
+
+            late = getattr(self, OPTIONS).batch_invariant  # rows are chosen from whole documents
+            call = HeadCall(kept) if left_out is not None and not late else HeadCall()
             packed = _call_base(self, inputs, call)
-            logits = decoder(self)(hidden(self, packed.x))
+            logits = _each(self, packed, lambda each: decoder(self)(hidden(self, each.x)))
+            if left_out is not None and late:
+                packed = packed._replace(rows=kept(packed.batch))
+                logits = at(packed.rows, logits)
             loss = None
             if labels is not None:
                 labels = at(packed.rows, _labels("labels", labels, packed.batch, logits))
@@ -275,7 +289,7 @@ def sequence_classification(classify: Pool, loss_of: Loss = classification_loss)
             labels, return_dict = inputs.pop("labels", None), inputs.pop("return_dict", None)
             items = inputs.pop("num_items_in_batch", None)
             packed = _call_base(self, inputs, HeadCall())
-            logits = classify(self, packed)
+            logits = _each(self, packed, lambda each: classify(self, each))
             loss = None
             if labels is not None:
                 _check.tensor("labels", labels, least_ndim=1)
@@ -307,7 +321,7 @@ def multiple_choice(classify: Pool) -> Maker:
                 for key, value in inputs.items()
             }
             packed = _call_base(self, flat, HeadCall())
-            logits = classify(self, packed).view(-1, choices)
+            logits = _each(self, packed, lambda each: classify(self, each)).view(-1, choices)
             loss = None
             if labels is not None:
                 _check_labels(labels, choices)
@@ -338,7 +352,7 @@ def token_classification(score: Score, loss_of: Loss = token_loss) -> Maker:
             labels, return_dict = inputs.pop("labels", None), inputs.pop("return_dict", None)
             items = inputs.pop("num_items_in_batch", None)
             packed = _call_base(self, inputs, HeadCall())
-            logits = score(self, packed.x)
+            logits = _each(self, packed, lambda each: score(self, each.x))
             loss = None
             if labels is not None:
                 labels = _labels("labels", labels, packed.batch, logits)
@@ -369,7 +383,7 @@ def question_answering(score: Score, loss_function: bool = False) -> Maker:
             answered = all(t is not None for t in targets)
             if answered and packed.batch.packing is None:
                 raise _check.error("start_positions", "None when packed", tuple(targets[0].shape))
-            logits = score(self, packed.x)
+            logits = _each(self, packed, lambda each: score(self, each.x))
             lowest = torch.finfo(logits.dtype).min
             spans = [packed.batch.unpack(end, lowest) for end in logits.unbind(-1)]
             targets = [_at_tokens(target, packed.batch, logits) for target in targets]

@@ -12,8 +12,10 @@ from neobert_kernels.patching import heads
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import (
     Context,
+    View,
     at,
     expect,
+    in_pairs,
     layer_norm,
     refuse_attention_dropout,
     rotated,
@@ -21,6 +23,7 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
+from neobert_kernels.patching.frozen import Preparer
 
 OPERATORS = (
     "add_layer_norm", "first_pool", "geglu", "layer_norm", "linear_cross_entropy", "mean_pool",
@@ -114,11 +117,36 @@ def layer_forward(
     # expects; our window is the radius.
     window = None if attn.sliding_window is None else attn.sliding_window - 1
     mixed = nk.qkv_attention(
-        qkv, context.cu_seqlens, context.max_seqlen, cos=context.cos, sin=context.sin, window=window
+        qkv,
+        context.cu_seqlens,
+        context.max_seqlen,
+        cos=context.cos,
+        sin=context.sin,
+        interleaved=in_pairs(attn, False),
+        window=window,
     )
     delta = attn.out_drop(attn.Wo(at(rows, mixed.flatten(1))))
     u, x = layer_norm(self.mlp_norm, at(rows, x), delta)
     return x, mlp.Wo(mlp.drop(nk.geglu(mlp.Wi(u))))
+
+
+def view(base: Any, layer: Any, prepare: Preparer) -> View:
+    """The layer as `layer_forward` reads it in a frozen model."""
+    attn, mlp = layer.attn, layer.mlp
+    heads = [base.config.num_attention_heads] * 3
+    qkv = prepare.turned([attn.Wqkv], heads, attn.head_dim, interleaved=False)
+    parts = {
+        "Wqkv": attn.Wqkv if qkv is None else qkv,
+        "interleaved": qkv is not None and prepare.interleaved,
+        "Wo": prepare.alone(attn.Wo),
+    }
+    return View(
+        layer,
+        {
+            "attn": View(attn, parts),
+            "mlp": View(mlp, {"Wi": prepare.alone(mlp.Wi), "Wo": prepare.alone(mlp.Wo)}),
+        },
+    )
 
 
 def run(
@@ -157,11 +185,13 @@ FAMILY = Family(
     check=check,
     layers=layers,
     layer_forward=layer_forward,
+    view=view,
     what="packed RoPE-attention with windows, GeGLU, norms fused with their residual",
     embed=embed,
     run=run,
     output="BaseModelOutput",
     longest=lambda base: None,
+    windows=lambda base: {base.config.sliding_window},
     heads={
         "ModernBertForMaskedLM": heads.masked_lm(
             lambda self, x: self.head(x),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import neobert_kernels as nk
@@ -10,14 +11,17 @@ from neobert_kernels.patching import heads
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import (
     Context,
+    View,
     at,
     expect,
+    in_pairs,
     rms_norm,
     rotated,
     run_pre_norm,
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
+from neobert_kernels.patching.frozen import Preparer, pair_order
 
 OPERATORS = (
     "add_rms_norm", "first_pool", "linear_cross_entropy", "qkv_attention", "rms_norm",
@@ -61,11 +65,39 @@ def layer_forward(
         context.max_seqlen,
         cos=context.cos,
         sin=context.sin,
-        interleaved=True,
+        interleaved=in_pairs(self, True),
     )
     norm = self.ffn_norm
     u, x = rms_norm(norm.weight, norm.eps, at(rows, x), self.wo(at(rows, mixed.flatten(1))))
     return x, self.ffn.w3(nk.swiglu(self.ffn.w12(u)))
+
+
+def view(base: Any, layer: Any, prepare: Preparer) -> View:
+    """The layer as `layer_forward` reads it in a frozen model."""
+    heads = base.config.num_attention_heads
+    head_size = base.config.hidden_size // heads
+    order = None if prepare.interleaved else _halves_first(heads, head_size)
+    qkv = prepare.together([layer.qkv], order, copies=order is not None)
+    return View(
+        layer,
+        {
+            "qkv": layer.qkv if qkv is None else qkv,
+            "interleaved": qkv is None or prepare.interleaved,
+            "wo": prepare.alone(layer.wo),
+            "ffn": View(
+                layer.ffn,
+                {"w12": prepare.alone(layer.ffn.w12), "w3": prepare.alone(layer.ffn.w3)},
+            ),
+        },
+    )
+
+
+def _halves_first(heads: int, size: int) -> Tensor:
+    """Rows of ``qkv``, head by head q, k and v, with the pairs of q and k half-split."""
+    turned = torch.cat(
+        [pair_order(2, size, to_interleaved=False), torch.arange(2 * size, 3 * size)]
+    )
+    return (torch.arange(heads)[:, None] * 3 * size + turned).flatten()
 
 
 def run(
@@ -100,6 +132,7 @@ FAMILY = Family(
     check=check,
     layers=layers,
     layer_forward=layer_forward,
+    view=view,
     what="packed RoPE-attention, SwiGLU, norms fused with their residual",
     embed=embed,
     run=run,

@@ -137,6 +137,7 @@ FAMILY = Family(
     check=check,
     layers=neobert.layers,
     layer_forward=neobert.layer_forward,
+    view=neobert.view,
     what=neobert.FAMILY.what,
     embed=neobert.embed,
     run=run,

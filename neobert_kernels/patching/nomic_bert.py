@@ -25,6 +25,7 @@ from neobert_kernels.patching.rotary import (
     feed_forward,
     table,
     used_layers,
+    view,
 )
 
 OPERATORS = (
@@ -85,6 +86,7 @@ FAMILY = Family(
     check=check,
     layers=layers,
     layer_forward=layer_forward,
+    view=view,
     what="packed RoPE-attention, SwiGLU, norms fused with their residual",
     embed=embed,
     run=run,

@@ -59,6 +59,7 @@ def family(name: str, prefix: str) -> Family:
         check=lambda base: bert.check_like_bert(base, module, prefix),
         layers=bert.layers,
         layer_forward=bert.layer_forward,
+        view=bert.view,
         what=bert.FAMILY.what,
         embed=bert.embed,
         run=bert.run,

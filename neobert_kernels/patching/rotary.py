@@ -14,12 +14,17 @@ from neobert_kernels.ops.swiglu import silu_mul_over
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import (
     Context,
+    View,
     expect,
-    heads_of,
+    in_pairs,
     is_watched,
+    projected,
     refuse_attention_dropout,
     rotated,
 )
+from neobert_kernels.patching.frozen import Preparer
+
+QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def used_layers(base: Any) -> list[Any]:
@@ -52,10 +57,7 @@ def table(base: Any, batch: Batch) -> Context:
 def attend(attention: Any, x: Tensor, context: Context) -> Tensor:
     """RoPE-attention before its output projection: ``[T, C]`` to ``[T, H * D]``."""
     refuse_attention_dropout(attention.training, attention.attention_dropout)
-    q, k, v = (
-        heads_of(project(x), attention.head_dim)
-        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    q, k, v = projected(attention, QKV, attention.head_dim, x)
     mixed = nk.attention(
         q,
         k,
@@ -64,11 +66,34 @@ def attend(attention: Any, x: Tensor, context: Context) -> Tensor:
         context.max_seqlen,
         cos=context.cos,
         sin=context.sin,
+        interleaved=in_pairs(attention, False),
         scale=attention.scaling,
     )
     return mixed.flatten(1)
 
 
 def feed_forward(mlp: Any, x: Tensor) -> Tensor:
+    if isinstance(mlp, View) and mlp.gate_up is not None:
+        return mlp.down_proj(nk.swiglu(mlp.gate_up(x)))
     multiply = nk.silu_mul if is_watched(mlp.gate_proj) else silu_mul_over
     return mlp.down_proj(multiply(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+def view(base: Any, layer: Any, prepare: Preparer) -> View:
+    """The layer as `attend` and `feed_forward` read it in a frozen model."""
+    attention, mlp = layer.self_attn, layer.mlp
+    size = attention.head_dim
+    linears = [getattr(attention, name) for name in QKV]
+    heads = base.config.num_attention_heads
+    shared = getattr(base.config, "num_key_value_heads", None) or heads
+    counts = [heads, shared, shared]
+    qkv = prepare.turned(linears, counts, size, interleaved=False)
+    parts = {"qkv": qkv, "counts": counts, "interleaved": qkv is not None and prepare.interleaved}
+    gate_up = prepare.together([mlp.gate_proj, mlp.up_proj])
+    return View(
+        layer,
+        {
+            "self_attn": View(attention, parts | {"o_proj": prepare.alone(attention.o_proj)}),
+            "mlp": View(mlp, {"gate_up": gate_up, "down_proj": prepare.alone(mlp.down_proj)}),
+        },
+    )

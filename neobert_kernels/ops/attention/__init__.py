@@ -195,6 +195,11 @@ def _check_arguments(
     _check.flag("interleaved", interleaved)
     if scale is not None:
         _check.positive("scale", scale)
+    _check_lengths(cu_seqlens, max_seqlen)
+
+
+def _check_lengths(cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """``max_seqlen`` must cover the documents, which are read on a CPU."""
     if torch.compiler.is_compiling():
         return
     if not isinstance(max_seqlen, int) or isinstance(max_seqlen, bool) or max_seqlen < 0:

@@ -1,0 +1,283 @@
+"""`patch(model, inference=True)`: matrix products from weights that were prepared once.
+
+A block of a frozen model reads its parts from a `View` of the layer, in which products of several
+Linear layers over the same input are one `Product`: q, k and v, or gate and up. RoPE's rows of such
+a product are put into the order that turns faster on the device, with the same result: scores are
+sums over a head's channels, which q and k bring in the same order. On a CPU in float32 every
+product reads its weight as oneDNN lays it out, and BERT's GELU is applied where the product is
+still in cache: ``F.linear`` copies the weight into blocks on every call. Those operators are
+PyTorch's own, which TorchInductor emits for frozen models, but private: where a build lacks them,
+`onednn_available` is False and products go through ``F.linear``.
+
+The model's modules and parameters stay as they are. `Frozen.check` looks once per forward whether
+they still are what the products were made of.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from neobert_kernels import _check
+from neobert_kernels.patching.blocks import View, is_watched
+
+# Attribute of a frozen base model (its `Frozen`) and of its layers (their `View`).
+PREPARED = "_neobert_kernels_prepared"
+
+ROWS = 1024  # tokens of a batch, for which oneDNN lays weights out; other counts work as well
+
+
+def onednn_available() -> bool:
+    """Whether this build of PyTorch has oneDNN's Linear with prepacked weights."""
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    found = all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return (
+        torch.backends.mkldnn.is_available()
+        and found
+        and "binary" in torch.ops.mkldnn._linear_pointwise.overloads()
+    )
+
+
+class Product:
+    """``x`` times the weights of one or several Linear layers, one behind the other.
+
+    Args:
+        linears: Of one width, dtype and device.
+        order: ``[outputs]`` int64: the row of the stacked weights that each output is made of;
+            None keeps their order.
+        gelu: Whether the exact (erf) GELU follows.
+        rows: Tokens that a call usually brings.
+
+    Attributes:
+        nbytes: Memory that the product holds beside the layers' own weights.
+    """
+
+    def __init__(
+        self,
+        linears: Sequence[nn.Linear],
+        order: Tensor | None = None,
+        gelu: bool = False,
+        rows: int = ROWS,
+    ) -> None:
+        self.linears, self.order, self.gelu, self.rows = tuple(linears), order, gelu, rows
+        self.sources = [
+            (linear, name, p, p._version, p.data_ptr())
+            for linear in self.linears
+            for name, p in linear._parameters.items()
+            if p is not None
+        ]
+        weight = self._stacked([linear.weight.detach() for linear in self.linears])
+        self.bias = None
+        if any(linear.bias is not None for linear in self.linears):
+            self.bias = self._stacked(
+                [
+                    w.new_zeros(len(w)) if linear.bias is None else linear.bias.detach()
+                    for linear, w in ((each, each.weight.detach()) for each in self.linears)
+                ]
+            )
+        self.packed = weight.is_cpu and weight.dtype == torch.float32 and onednn_available()
+        self.nbytes = sum(x.nbytes for x in (weight, self.bias) if x is not None)
+        self.weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight
+        )
+
+    def _stacked(self, parts: list[Tensor]) -> Tensor:
+        # A copy also of a single one: memory that the caller goes on writing is not ours.
+        stacked = torch.cat(parts)
+        return stacked if self.order is None else stacked[self.order.to(stacked.device)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.packed:
+            y = F.linear(x, self.weight, self.bias)
+            return F.gelu(y) if self.gelu else y
+        # "none" asks for erf; the other GELU is "tanh".
+        after, kind = ("gelu", "none") if self.gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], kind)
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """``self(x) + other``, added where the product is still in cache."""
+        if not self.packed or self.gelu:
+            return self(x) + other
+        binary = torch.ops.mkldnn._linear_pointwise.binary
+        return binary(x, other, self.weight, self.bias, "add")
+
+    def stale(self) -> str | None:
+        """What changed since the product was made: the name of a parameter, or "hooks"."""
+        for linear, name, parameter, version, pointer in self.sources:
+            now = linear._parameters.get(name)
+            if now is not parameter or now._version != version or now.data_ptr() != pointer:
+                return name
+        for linear in self.linears:
+            if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
+                return "hooks"
+        return None
+
+    def release(self) -> None:
+        """Give up the layers' own weights; the model can then neither be unpatched nor saved."""
+        for linear in self.linears:
+            linear.to("meta")
+        self.sources, self.linears = [], ()
+
+
+class Preparer:
+    """Makes the products of one model.
+
+    Attributes:
+        products: All that were made.
+        interleaved: Whether RoPE pairs are neighbours in prepared projections.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, rows: int) -> None:
+        self.rows = rows
+        self.products: list[Product] = []
+        # Measured on a CPU: neighbours turn as complex numbers, in one pass instead of seven. A GPU
+        # parts them in registers; halves it reads as they are.
+        self.interleaved = device.type == "cpu"
+        self.packs = device.type == "cpu" and dtype == torch.float32 and onednn_available()
+
+    def _product(self, linears: Sequence[nn.Linear], **options: Any) -> Product:
+        self.products.append(Product(linears, rows=self.rows, **options))
+        return self.products[-1]
+
+    def alone(self, linear: Any) -> Any:
+        """One Linear layer: a product where another layout of its weight saves work."""
+        return self._product([linear]) if self.packs and _plain(linear) else linear
+
+    def with_gelu(self, linear: Any, activation: Any) -> Product | None:
+        """A Linear layer with the activation behind it, if that is the exact GELU."""
+        if not (self.packs and _plain(linear) and _is_gelu(activation)):
+            return None
+        return self._product([linear], gelu=True)
+
+    def together(
+        self, linears: Sequence[Any], order: Tensor | None = None, copies: bool = True
+    ) -> Product | None:
+        """Layers over one input as one product; None where one is more than a plain Linear.
+
+        ``copies=False``: None, too, where nothing but a copy would come of it.
+        """
+        if not all(map(_plain, linears)) or not (copies or self.packs):
+            return None
+        if len({(x.in_features, x.weight.dtype, x.weight.device) for x in linears}) > 1:
+            return None
+        return self._product(linears, order=order)
+
+    def turned(
+        self, linears: Sequence[Any], counts: Sequence[int], size: int, interleaved: bool
+    ) -> Product | None:
+        """Projections to q, k and v, ``counts`` heads of ``size`` each, with `interleaved` pairs.
+
+        Args:
+            interleaved: Whether the layers' own pairs are neighbours.
+        """
+        if interleaved == self.interleaved:
+            order = None
+        else:
+            turned = pair_order(counts[0] + counts[1], size, self.interleaved)
+            order = torch.cat([turned, torch.arange(counts[2] * size) + len(turned)])
+        return self.together(linears, order, copies=len(linears) > 1 or order is not None)
+
+
+def _plain(linear: Any) -> bool:
+    return type(linear) is nn.Linear and not is_watched(linear)
+
+
+def _is_gelu(activation: Any) -> bool:
+    """Whether this is transformers' exact GELU, by its function and not by its name."""
+    return getattr(activation, "act", None) is F.gelu and not is_watched(activation)
+
+
+def pair_order(heads: int, size: int, to_interleaved: bool) -> Tensor:
+    """``[heads * size]``: rows of a projection for the other layout of RoPE's pairs.
+
+    Half-split row ``i + j * size / 2`` and interleaved row ``2 * i + j`` are member j of pair i.
+    """
+    half = torch.arange(size).view(2, size // 2)
+    own = half.t().flatten() if to_interleaved else half.flatten().view(-1, 2).t().flatten()
+    return (torch.arange(heads)[:, None] * size + own).flatten()
+
+
+class Frozen:
+    """What a base model keeps beside its modules while it is frozen.
+
+    Attributes:
+        products: Made once from its weights.
+        nbytes: Memory of the weights' second copies.
+        released: Whether the second copies are the only ones.
+    """
+
+    def __init__(self, products: list[Product], views: list[View]) -> None:
+        self.products, self.views = products, views
+        self.released = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(product.nbytes for product in self.products)
+
+    def check(self, base: nn.Module) -> None:
+        """Raise ValueError where weights are not what the products were made of."""
+        rule = "the weights that inference=True prepared (unpatch, change, patch again)"
+        if not all(view.current() for view in self.views):
+            raise _check.error("model", rule, "another module in a layer")
+        for product in self.products:
+            what = product.stale()
+            if what is not None:
+                linear = next(
+                    (n for n, m in base.named_modules() if any(m is x for x in product.linears)),
+                    "a layer",
+                )
+                raise _check.error("model", rule, f"{what} of {linear} changed")
+
+    def release(self) -> None:
+        for product in self.products:
+            product.release()
+        self.released = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model has its products made again, by its first forward."""
+        if self.released:
+            raise _check.error("model", "one that kept its weights, to be copied", "a frozen one")
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a stored model is a plain one
+
+
+def refuse_other_use(base: Any, embeds: Tensor | None) -> None:
+    """A model for inference neither trains nor makes a graph, and has one dtype."""
+    rule = "evaluation mode with inference=True (model.eval(), or unpatch)"
+    if base.training:
+        raise _check.error("model", rule, "training mode")
+    if torch.is_grad_enabled():
+        wanted = embeds is not None and embeds.requires_grad
+        if wanted or any(p.requires_grad for p in base.parameters()):
+            rule = "torch.no_grad() or torch.inference_mode() with inference=True (or unpatch)"
+            raise _check.error("model", rule, "a call with gradients")
+    device = next(base.parameters()).device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        rule = "no autocast with inference=True (cast the model, then patch it)"
+        raise _check.error("model", rule, f"autocast to {torch.get_autocast_dtype(device)}")
+
+
+def freeze(
+    base: Any,
+    layers: Iterable[tuple[str, nn.Module]],
+    view_of: Callable[[Any, Any, Preparer], View],
+    rows: int = ROWS,
+    keep: bool = True,
+) -> Frozen:
+    """Prepare the weights of every layer; ``keep=False``: in place of the layers' own."""
+    first = next(base.parameters())
+    prepare = Preparer(first.device, first.dtype, rows)
+    views, frozen = [], Frozen(prepare.products, [])
+    for _, layer in layers:
+        made = len(prepare.products)
+        layer.__dict__[PREPARED] = view = view_of(base, layer, prepare)
+        views += view.all()
+        if not keep:  # layer by layer: at no time are there two copies of the model
+            for product in prepare.products[made:]:
+                product.release()
+    frozen.views, frozen.released = views, not keep
+    base.__dict__[PREPARED] = frozen
+    return frozen
