@@ -100,7 +100,7 @@ def layer_forward(self: Any, x: Tensor, context: Context, rows: Tensor | None) -
 def _expanded(intermediate: Any, x: Tensor) -> Tensor:
     """``intermediate(x)``; GELU goes where its argument was if nobody else can see that.
 
-    The argument is the largest tensor of a block: memory for a second one costs a CPU 5 %.
+    The argument is the largest tensor of a block, and a CPU pays for memory that it never used.
     """
     if isinstance(intermediate, Product):
         return intermediate(x)

@@ -105,7 +105,8 @@ def has_hooks(module: Any) -> bool:
 def is_watched(module: Any) -> bool:
     """Whether it may be more than what its library made: then it has to be called, as it is."""
     library = type(module).__module__.startswith(("transformers.", "torch.nn."))
-    return not library or "forward" in module.__dict__ or has_hooks(module)
+    own = "forward" in module.__dict__ or has_hooks(module)
+    return own or not library or nn.modules.module._has_any_global_hook()
 
 
 def refuse_attention_dropout(training: bool, probability: float) -> None:

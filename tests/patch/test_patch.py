@@ -10,6 +10,7 @@ import transformers
 from encoders import ENCODERS, LENGTHS, padded, randomized, widened
 from parity import assert_same, assert_same_gradients
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import neobert_kernels as nk
 from neobert_kernels import _runtime
@@ -344,13 +345,19 @@ def test_padding_ids_inside_a_text_do_not_count_in_roberta():
         ("eurobert", "layers.0.mlp.gate_proj"),
     ],
 )
-def test_a_hook_sees_what_a_module_gave(family, watched, model):
+@pytest.mark.parametrize("own", [True, False], ids=["its own hook", "a hook of all modules"])
+def test_a_hook_sees_what_a_module_gave(family, watched, own, model):
     """Unwatched, and with no graph, an activation takes the place of its argument."""
     ids, mask = padded(family)
     nk.patch(model)
     seen = []
     module = model.get_submodule(watched)
-    handle = module.register_forward_hook(lambda _, x, y: seen.append((x[0], y)))
+
+    def keep(of, x, y):
+        if of is module:
+            seen.append((x[0], y))
+
+    handle = module.register_forward_hook(keep) if own else register_module_forward_hook(keep)
     with torch.no_grad():
         hooked = last(model, input_ids=ids, attention_mask=mask)
         handle.remove()
