@@ -132,7 +132,7 @@ class Preparer:
     def __init__(self, device: torch.device, dtype: torch.dtype, rows: int) -> None:
         self.rows = rows
         self.products: list[Product] = []
-        # Measured on a CPU: neighbours turn as complex numbers, in one pass instead of several. A GPU
+        # Measured on a CPU: neighbours turn as complex numbers, in one pass, not several. A GPU
         # parts them in registers; halves it reads as they are.
         self.interleaved = device.type == "cpu"
         self.packs = device.type == "cpu" and dtype == torch.float32 and onednn_available()
