@@ -26,6 +26,7 @@ from neobert.files import sync_folder, write_all, write_atomically
 from neobert.readers import InputError, escaped, one_line
 
 FORMATS = (".npy", ".parquet")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 METADATA_KEY = b"neobert"
 PARQUET_GROUP_ROWS = 16384
 
@@ -149,7 +150,7 @@ class Partial:
             InputError: Another process is writing, or the state cannot be read.
         """
         folder = partial_folder(output)
-        with _writing(output, folder, 0):
+        with writing(output):
             folder.mkdir(exist_ok=True)
             lock = files.lock(folder)
         try:
@@ -178,7 +179,7 @@ class Partial:
 
     def begin(self, job: Mapping[str, Any], dim: int, with_ids: bool) -> None:
         """Open the data for appending and cut off what the state does not count."""
-        with _writing(self.output, self.folder, self.state.rows):
+        with self._writing():
             self.state.job = dict(job)
             self._dim = dim
             size = _HEADER_BYTES + self.state.rows * dim * 4
@@ -202,7 +203,7 @@ class Partial:
         assert embeddings.ndim == 2
         assert embeddings.shape[1] == self._dim
         state = self.state
-        with _writing(self.output, self.folder, state.rows):
+        with self._writing():
             rows = np.ascontiguousarray(embeddings, dtype="<f4")
             write_all(self._data, memoryview(rows.tobytes()))
             os.fsync(self._data.fileno())
@@ -229,7 +230,7 @@ class Partial:
             raise OutputError(
                 f"{self.output} appeared while its rows were made; run again with --overwrite"
             )
-        with _writing(self.output, self.folder, self.state.rows):
+        with self._writing():
             if self.output.suffix.lower() == ".npy":
                 self._finish_npy(description)
             else:
@@ -261,6 +262,11 @@ class Partial:
     def close(self) -> None:
         self.close_files()
         self._lock.close()
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        if not self.state.rows:
+            return writing(self.output)
+        return writing(self.output, f"{self.state.rows:,} rows are kept in {self.folder}", "resume")
 
     @property
     def _data_path(self) -> Path:
@@ -435,8 +441,8 @@ def _npy_header(rows: int, dim: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _writing(output: Path, folder: Path, rows: int) -> Iterator[None]:
-    """Turn a failed write into one line that says what is kept."""
+def writing(path: Path, kept: str = "", goal: str = "begin") -> Iterator[None]:
+    """Turn a failed write to ``path`` into one line: what is kept, and what to run again for."""
     try:
         yield
     except OutputError:
@@ -444,15 +450,8 @@ def _writing(output: Path, folder: Path, rows: int) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        reason, hint = why(error)
-        kept = f"{rows:,} rows are kept in {folder}, " if rows else ""
+        hint = "make room and " if error.errno in FULL else ""
         raise OutputError(
-            f"{output}: {reason}; {kept}{hint}run the same command again to "
-            + ("resume" if rows else "begin")
+            f"{path}: {os.strerror(error.errno)}; {kept and kept + ', '}{hint}"
+            f"run the same command again to {goal}"
         ) from error
-
-
-def why(error: OSError) -> tuple[str, str]:
-    """What failed, and what to do before the command is run again, if anything."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return os.strerror(error.errno or 0), "make room and " if full else ""

@@ -10,7 +10,6 @@ damaged later is passed over for the one before it, with a note.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from neobert import files
-from neobert.outputs import OutputError
+from neobert.outputs import FULL, OutputError
 from neobert.pretraining.store import sha256
 from neobert.readers import InputError, one_line
 
@@ -36,7 +35,6 @@ STATE, MODEL, OPTIMIZER, CONFIG = (
     "state.json", "model.safetensors", "optimizer.safetensors", "config.json",
 )  # fmt: skip
 _NAME = re.compile(r"step-(\d{8,})")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Notice = Callable[[str], None]
 

@@ -5,8 +5,7 @@ it counts is on disk; what it does not count is cut off on resume. The whole fol
 name at last.
 """
 
-import contextlib
-import errno
+import functools
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from neobert import files
 from neobert.commands.progress import Progress
 from neobert.inputs import Source
 from neobert.loading import load_tokenizer, tokenizer_folder
-from neobert.outputs import OutputError
+from neobert.outputs import writing
 from neobert.pretraining.recipe import Data
 from neobert.pretraining.rules import error
 from neobert.pretraining.sources import DatasetSource, chosen, open_documents, pieces, texts
@@ -46,6 +45,8 @@ COMMIT_SECONDS = 10.0
 # One call of the tokenizer: enough for its threads, little memory.
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 22
 STATE = "state.json"
+
+_writing = functools.partial(writing, goal="go on")
 
 
 @dataclass
@@ -410,24 +411,6 @@ def _load_state(path: Path) -> State | None:
         raise InputError(
             f"resume: expected a state in {path}, got {one_line(problem)} (--restart discards it)"
         ) from None
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn a failed write into one line that says how to go on."""
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as problem:
-        if problem.errno is None:
-            raise
-        hint = (
-            "make room and " if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
-        )
-        raise OutputError(
-            f"{folder}: {os.strerror(problem.errno)}; {hint}run the same command again to go on"
-        ) from problem
 
 
 def _interruption(folder: Path, rows: int) -> str:

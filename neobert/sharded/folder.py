@@ -12,6 +12,7 @@ passed over by readers of Parquet data sets:
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -22,9 +23,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from neobert import files
+from neobert import files, outputs
 from neobert.files import sync_folder, write_atomically
-from neobert.outputs import METADATA_KEY, OutputError, require_pyarrow, why
+from neobert.outputs import METADATA_KEY, OutputError, require_pyarrow
 from neobert.readers import InputError, Row, escaped, one_line
 from neobert.sharded.plan import Plan, Shard
 
@@ -33,6 +34,7 @@ VERSION = 1
 _PATTERNS = ("part-*.parquet", "_part-*.new", f"{ENCODER}*", f"{JOB}*", f"{MANIFEST}*", LOCK)
 
 Note = Callable[[str], None]
+writing = functools.partial(outputs.writing, kept="finished shards are kept", goal="resume")
 
 
 def is_folder(path: str) -> bool:
@@ -341,23 +343,6 @@ class ShardWriter:
         with contextlib.suppress(OSError):
             self._file.close()
         self._staged.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write into one line that says what is kept."""
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as error:
-        if error.errno is None:
-            raise
-        reason, hint = why(error)
-        raise OutputError(
-            f"{path}: {reason}; finished shards are kept, {hint}"
-            "run the same command again to resume"
-        ) from error
 
 
 def _digest(job: Mapping[str, Any]) -> str:

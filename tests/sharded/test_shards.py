@@ -300,7 +300,7 @@ def test_a_disk_that_takes_no_more_keeps_finished_shards(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OutputError, match=r"No space left.*kept, make room and run the same"):
+        with pytest.raises(OutputError, match=r"No space left.*kept, make room and .* to resume"):
             runs.run(source, tmp_path / "out")
     assert len([*(tmp_path / "out").glob("*part-*")]) == 1
     runs.run(source, tmp_path / "out")
