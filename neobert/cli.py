@@ -15,7 +15,7 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 COMMANDS = {
     "doctor": ("neobert.doctor", "show what was found, what each operator will run, and fixes"),
     "encode": ("neobert.commands.encode", "embed a file, a folder or standard input"),
-    "search": ("neobert.commands.search", "find the nearest texts in an encoded file"),
+    "search": ("neobert.commands.search", "find the nearest texts of an encoded file or folder"),
     "pretrain": ("neobert.commands.pretrain", "train NeoBERT on texts"),
     "bench": ("neobert.commands.bench", "the least time a model can take; a report of results"),
     "finetune": ("neobert.commands.finetune", "fine-tune a model on a benchmark"),

@@ -6,7 +6,7 @@ the lower row, whatever the block size. The float32 matrix product only picks ca
 (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ import numpy as np
 
 from neobert.outputs import read_description, require_pyarrow
 from neobert.readers import InputError, one_line
+from neobert.sharded.folder import finished
 
 BLOCK_ROWS = 16384
 
@@ -70,12 +71,15 @@ class ParquetIndex:
         try:
             self._file = pq.ParquetFile(path)
         except pa.ArrowInvalid as error:
-            raise InputError(f"index: expected a Parquet file, got {one_line(error)}") from None
+            raise InputError(
+                f"index: expected a Parquet file, got {one_line(error)} in {path}"
+            ) from None
         schema = self._file.schema_arrow
         kind = schema.field("embedding").type if "embedding" in schema.names else None
         if kind is None or not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
             raise InputError(
-                f"index: expected fixed_size_list<float> in column 'embedding', got {kind}"
+                "index: expected fixed_size_list<float> in column 'embedding', "
+                f"got {kind} in {path}"
             )
         self.rows, self.dim = self._file.metadata.num_rows, kind.list_size
 
@@ -85,17 +89,44 @@ class ParquetIndex:
             yield values.to_numpy(zero_copy_only=False).reshape(-1, self.dim)
 
 
+class FolderIndex:
+    """The shards of a folder, one after the other; one of them is open at a time."""
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self._shards, self.rows, self.dim = shards, 0, 0
+        for path in shards:
+            shard = ParquetIndex(path)
+            self.dim = self.dim or shard.dim
+            if shard.dim != self.dim:
+                raise InputError(
+                    f"index: expected {self.dim} dimensions as in other shards, "
+                    f"got {shard.dim} in {path}"
+                )
+            self.rows += shard.rows
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        for path in self._shards:
+            yield from ParquetIndex(path).blocks()
+
+
 def open_index(path: str | Path) -> tuple[Index, dict[str, Any]]:
     """Open what ``neobert encode`` wrote: the index and its description (empty if it has none).
 
+    A folder of shards is an index with its manifest as the description.
+
     Raises:
-        InputError: No such file, another format, or a description of other contents.
+        InputError: Nothing there, another format, a description of other contents, or a folder that
+            is not finished.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"index: expected an existing file, got {path}")
+    if not path.exists():
+        raise InputError(f"index: expected an existing file or folder, got {path}")
     index: Index
-    if path.suffix.lower() == ".npy":
+    if path.is_dir():
+        require_pyarrow("index")
+        description, shards = finished(path)
+        index = FolderIndex(shards)
+    elif path.suffix.lower() == ".npy":
         try:
             index = ArrayIndex(np.load(path, mmap_mode="r", allow_pickle=False))
         except (EOFError, ValueError) as error:
@@ -106,7 +137,8 @@ def open_index(path: str | Path) -> tuple[Index, dict[str, Any]]:
         index = ParquetIndex(path)
     else:
         raise InputError(f"index: expected a name ending in .npy or .parquet, got {path}")
-    description = read_description(path)
+    if not path.is_dir():
+        description = read_description(path)
     for key, value in (("rows", index.rows), ("dim", index.dim)):
         if description.get(key, value) != value:
             raise InputError(

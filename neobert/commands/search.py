@@ -1,4 +1,4 @@
-"""``neobert search``: the nearest texts of an encoded file."""
+"""``neobert search``: the nearest texts of an encoded file, or of a folder of shards."""
 
 import argparse
 import itertools
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 QUERIES_AT_ONCE = 64
 
 DESCRIPTION = """\
-Print the best rows of an encoded file for every --query, or for every line on standard input.
+Print the best rows of an encoded file, or of a finished folder of shards, for every --query, or for
+every line on standard input.
 Model and texts are those that the index was made with, unless --model or --texts names others.
 Texts that changed since are refused, by the number, sizes and times of their files; of those that
 --texts names only the number of rows can be checked.
@@ -43,9 +44,16 @@ Texts that changed since are refused, by the number, sizes and times of their fi
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
-        "search", help="find the nearest texts in an encoded file", description=DESCRIPTION
+        "search",
+        help="find the nearest texts of an encoded file or folder",
+        description=DESCRIPTION,
     )
-    parser.add_argument("--index", required=True, metavar="PATH", help="output of neobert encode")
+    parser.add_argument(
+        "--index",
+        required=True,
+        metavar="PATH",
+        help="output of neobert encode, a file or a folder",
+    )
     parser.add_argument("--model", help="a local model folder or a hub id")
     parser.add_argument(
         "--texts",
@@ -95,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 def _open_texts(args: argparse.Namespace, description: Mapping[str, Any]) -> Source | None:
     """The encoded texts; None, with a note, if the index does not lead to them."""
     path = Path(args.index)
-    own_files = (path, sidecar(path), partial_folder(path))
+    own_files = (path,) if path.is_dir() else (path, sidecar(path), partial_folder(path))
     if args.texts == STDIN:
         raise InputError("texts: expected a file or folder, got '-'")
     if args.texts is not None:

@@ -94,20 +94,14 @@ class ShardFolder:
         Raises:
             InputError: It is another job's.
         """
-        import pyarrow.parquet as pq
-
         path = self.part(shard)
-        if not path.exists():
+        found = _footer(path)
+        if found is None:
             return None
-        try:
-            metadata = pq.read_metadata(path)
-            record = json.loads(metadata.metadata[METADATA_KEY])
-            found = (record["job"], record["shard"])
-        except (KeyError, OSError, TypeError, ValueError):
-            return None
-        if found != (self._digest, shard.number):
+        record, rows = found
+        if (record["job"], record["shard"]) != (self._digest, shard.number):
             raise InputError(f"resume: expected shards of one job in {self.path}, got {path}")
-        return dict(record) if metadata.num_rows == record["rows"] == shard.rows else None
+        return record if rows == record["rows"] == shard.rows else None
 
     def unfinished(self) -> list[int]:
         """Numbers of the shards that are not there, or damaged."""
@@ -206,6 +200,50 @@ def prepared(
             (path / LOCK).unlink()
             if not existed:
                 path.rmdir()  # unless shards are in it
+
+
+def finished(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """The manifest of a finished folder, and its shards in the order of their rows.
+
+    Raises:
+        InputError: The folder is not finished; a shard is missing, damaged, or another job's.
+    """
+    rule = "index: expected a folder that neobert encode has finished"
+    again = "the same neobert encode makes what is missing"
+    if not (path / MANIFEST).exists():
+        if not (path / JOB).exists():
+            raise InputError(f"{rule}, got no {MANIFEST} in {path}")
+        count = sum(1 for _ in path.glob("part-*.parquet"))
+        raise InputError(f"{rule}, got {count:,} shards and no {MANIFEST} in {path}; {again}")
+    manifest = files.read_object(path / MANIFEST)
+    try:
+        digest = _digest(manifest["options"])
+        sizes = {path / part["file"]: part["rows"] for part in manifest["shards"]}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"index: expected a manifest in {path}, got {one_line(error)}") from None
+    for number, (part, rows) in enumerate(sizes.items()):
+        found = _footer(part)
+        if found is None:
+            raise InputError(f"{rule}, got no whole {part}; {again}")
+        record, read = found
+        if (record["job"], record["shard"], read) != (digest, number, rows):
+            raise InputError(f"index: expected shards of one job in {path}, got {part}")
+    return manifest, list(sizes)
+
+
+def _footer(path: Path) -> tuple[dict[str, Any], int] | None:
+    """What a shard says of itself, and its rows; None if it is not there, or damaged."""
+    import pyarrow.parquet as pq
+
+    if not path.exists():
+        return None
+    try:
+        metadata = pq.read_metadata(path)
+        record = dict(json.loads(metadata.metadata[METADATA_KEY]))
+        missing = {"job", "shard", "rows", "tokens", "truncated"} - record.keys()
+        return None if missing else (record, metadata.num_rows)
+    except (KeyError, OSError, TypeError, ValueError):
+        return None
 
 
 def _begin(

@@ -125,7 +125,7 @@ def test_windows_do_not_change_the_rows(index: Path, encode: Callable[..., int])
     np.testing.assert_allclose(np.load(small), np.load(index), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["out.npy", "out.parquet"])
+@pytest.mark.parametrize("name", ["out.npy", "out.parquet", "out"])
 def test_search_needs_no_more_than_the_index_and_a_query(
     name: str, index: Path, encode: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,7 +191,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 def test_search_refuses_what_does_not_belong_to_the_index(
-    index: Path, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    index: Path,
+    tmp_path: Path,
+    model: Path,
+    encode: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     query = ("--query", "x")
     (tmp_path / "few.txt").write_text("one\ntwo\n")
@@ -208,6 +212,12 @@ def test_search_refuses_what_does_not_belong_to_the_index(
     description["encoder"]["pooling"] = "cls"
     other.with_name("other.npy.json").write_text(json.dumps(description))
     got = refused(capsys, "search", "--index", other, *query)
+    assert "expected the one that made the index (pooling 'cls'), got pooling 'mean'" in got
+    shards = tmp_path / "shards"
+    assert encode(index.with_name("in.txt"), shards, "--quiet") == 0
+    manifest = shards / "_manifest.json"
+    manifest.write_text(manifest.read_text().replace('"pooling": "mean"', '"pooling": "cls"'))
+    got = refused(capsys, "search", "--index", shards, *query)
     assert "expected the one that made the index (pooling 'cls'), got pooling 'mean'" in got
     np.save(narrow, np.ones((0, 384), np.float32))
     assert "at least one row" in refused(capsys, "search", "--index", narrow, *query)

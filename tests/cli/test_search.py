@@ -8,13 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sharded_runs as runs
 from fake_encoder import DIM, run_job
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import TEXTS, Killed, stop_after
 
 from neobert.outputs import sidecar
 from neobert.readers import InputError
-from neobert.search import ArrayIndex, open_index, search
+from neobert.search import ArrayIndex, FolderIndex, open_index, search
 
 
 def by_sorting(index: np.ndarray, queries: np.ndarray, top: int, score: str) -> np.ndarray:
@@ -119,6 +121,66 @@ def test_both_formats_give_the_rows_in_blocks(
     assert [len(block) for block in blocks] == [10, 10, 5]
     run_job(tmp_path / "in.txt", tmp_path / "again.npy")
     np.testing.assert_array_equal(np.concatenate(blocks), np.load(tmp_path / "again.npy"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Every text twice, so that equal scores meet from different shards."""
+    (tmp_path / "in.txt").write_text("\n".join(TEXTS * 2))
+    return tmp_path / "in.txt"
+
+
+@pytest.mark.parametrize("score", ["cosine", "dot"])
+@pytest.mark.parametrize("top", [1, 7, 100])
+def test_a_folder_has_the_hits_of_one_file(
+    top: int, score: str, source: Path, tmp_path: Path
+) -> None:
+    run_job(source, tmp_path / "out.parquet")
+    runs.run(source, tmp_path / "out")
+    folder, description = open_index(tmp_path / "out")
+    one, _ = open_index(tmp_path / "out.parquet")
+    assert (folder.rows, folder.dim, description["model"]) == (36, DIM, "fake")
+    assert max(map(len, folder.blocks())) <= 8  # a shard's rows
+    queries = np.random.default_rng(0).standard_normal((5, DIM))
+    expected, hits = (search(index, queries, top, score) for index in (one, folder))
+    np.testing.assert_array_equal(hits.rows, expected.rows)
+    np.testing.assert_array_equal(hits.scores, expected.scores)
+
+
+def test_a_folder_that_is_not_whole_is_refused(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def refuses(message: str) -> None:
+        with pytest.raises(InputError, match=f"^index: expected {message}"):
+            open_index(output)
+
+    output.mkdir()
+    refuses(r"a folder that neobert encode has finished, got no _manifest\.json in")
+    with pytest.raises(Killed):
+        runs.run(source, output, load=lambda *_: stop_after(20))
+    refuses(
+        r"a folder .* finished, got 2 shards and no _manifest\.json .*; the same neobert encode"
+    )
+    runs.run(source, output)
+    options = runs.OPTIONS | {"dtype": "float16"}
+    runs.run(source, tmp_path / "other", options=options)
+    shard, manifest = output / "part-000001.parquet", output / "_manifest.json"
+    bytes_of = {path: path.read_bytes() for path in (shard, manifest)}
+    shard.write_bytes((tmp_path / "other" / shard.name).read_bytes())
+    refuses(r"shards of one job in .*, got .*part-000001\.parquet")
+    shard.write_bytes(bytes_of[shard][:-9])
+    refuses(r"a folder .* finished, got no whole .*part-000001\.parquet; the same neobert encode")
+    shard.unlink()
+    refuses(r"a folder .* finished, got no whole .*part-000001\.parquet; the same neobert encode")
+    shard.write_bytes(bytes_of[shard])
+    for name in ("dim", "rows"):
+        manifest.write_text(json.dumps({**json.loads(bytes_of[manifest]), name: 3}))
+        refuses(f"{name} 3 as its description says, got ")
+    manifest.write_text("{}")
+    refuses("a manifest in")
+    pq.write_table(pa.table({"embedding": pa.array([[1.0]], pa.list_(pa.float32(), 1))}), shard)
+    with pytest.raises(InputError, match="expected 8 dimensions as in other shards, got 1 in"):
+        FolderIndex([output / "part-000000.parquet", shard])
 
 
 def test_an_array_without_a_description_is_an_index(tmp_path: Path) -> None:
