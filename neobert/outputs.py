@@ -4,9 +4,9 @@ While a job runs, ``<output>.partial/`` holds the rows done so far and a small s
 is replaced only after its rows are on disk, so it never counts a row that could be lost, and rows
 beyond it are cut off on resume. The output is built there too and moves to its name in one step.
 
-* ``.npy``: float32 ``[rows, dim]``, with a description beside it in ``<output>.json``.
+* ``.npy``: float32 or float16 ``[rows, dim]``, with a description beside it in ``<output>.json``.
 * ``.parquet``: ``row`` int64, ``id`` string (if the input has ids), ``embedding``
-  fixed_size_list<float32>[dim], with the same description in the schema's metadata.
+  fixed_size_list<float32 or float16>[dim], with the same description in the schema's metadata.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from neobert.files import sync_folder, write_all, write_atomically
 from neobert.readers import InputError, escaped, one_line
 
 FORMATS = (".npy", ".parquet")
+PRECISIONS = {"float32": "<f4", "float16": "<f2"}  # of what is stored; the first is the default
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 METADATA_KEY = b"neobert"
 PARQUET_GROUP_ROWS = 16384
@@ -138,7 +139,7 @@ class Partial:
     def __init__(self, output: Path, folder: Path, lock: BinaryIO, state: State) -> None:
         self.output, self.folder, self.state = output, folder, state
         self._lock = lock
-        self._dim = 0
+        self._dim, self._precision = 0, "float32"
         self._data: BinaryIO | None = None
         self._ids: BinaryIO | None = None
 
@@ -177,12 +178,14 @@ class Partial:
                 f"(--restart discards its {self.state.rows:,} rows)"
             )
 
-    def begin(self, job: Mapping[str, Any], dim: int, with_ids: bool) -> None:
+    def begin(
+        self, job: Mapping[str, Any], dim: int, with_ids: bool, precision: str = "float32"
+    ) -> None:
         """Open the data for appending and cut off what the state does not count."""
         with self._writing():
             self.state.job = dict(job)
-            self._dim = dim
-            size = _HEADER_BYTES + self.state.rows * dim * 4
+            self._dim, self._precision = dim, precision
+            size = _HEADER_BYTES + self.state.rows * dim * self._dtype.itemsize
             self._data = _open_at(self._data_path, size, begun=self.state.rows > 0)
             if with_ids and self.output.suffix.lower() == ".parquet":
                 self._ids = _open_at(self._ids_path, self.state.id_bytes)
@@ -198,13 +201,17 @@ class Partial:
         seconds: float = 0.0,
         digest: str = "",
     ) -> None:
-        """Add rows ``[n, dim]`` float32; when this returns they survive a kill or power cut."""
+        """Add rows ``[n, dim]`` in the precision that `begin` was given, none of them rounded here.
+
+        When this returns they survive a kill or power cut.
+        """
         assert self._data is not None
         assert embeddings.ndim == 2
         assert embeddings.shape[1] == self._dim
+        assert embeddings.dtype == self._precision
         state = self.state
         with self._writing():
-            rows = np.ascontiguousarray(embeddings, dtype="<f4")
+            rows = np.ascontiguousarray(embeddings, dtype=self._dtype)
             write_all(self._data, memoryview(rows.tobytes()))
             os.fsync(self._data.fileno())
             id_bytes = state.id_bytes
@@ -269,6 +276,10 @@ class Partial:
         return writing(self.output, f"{self.state.rows:,} rows are kept in {self.folder}", "resume")
 
     @property
+    def _dtype(self) -> np.dtype:
+        return np.dtype(PRECISIONS[self._precision])
+
+    @property
     def _data_path(self) -> Path:
         return self.folder / "rows.npy"
 
@@ -290,7 +301,7 @@ class Partial:
     def _finish_npy(self, description: Mapping[str, Any]) -> None:
         assert self._data is not None
         self._data.seek(0)
-        write_all(self._data, memoryview(_npy_header(self.state.rows, self._dim)))
+        write_all(self._data, memoryview(_npy_header(self._precision, self.state.rows, self._dim)))
         os.fsync(self._data.fileno())
         write_atomically(self.folder / "description.json", json.dumps(description, indent=1) + "\n")
 
@@ -302,7 +313,7 @@ class Partial:
         columns = [pa.field("row", pa.int64(), nullable=False)]
         if self._ids is not None:
             columns.append(pa.field("id", pa.string(), nullable=False))
-        columns.append(pa.field("embedding", pa.list_(pa.float32(), self._dim), nullable=False))
+        columns.append(embedding_field(self._dim, self._precision))
         schema = pa.schema(columns, metadata={METADATA_KEY: json.dumps(description)})
         with open(self._final_path, "wb") as file:
             with pq.ParquetWriter(
@@ -325,9 +336,17 @@ class Partial:
             lines = stack.enter_context(open(self._ids_path, "rb")) if self._ids else None
             for start in range(0, self.state.rows, PARQUET_GROUP_ROWS):
                 count = min(PARQUET_GROUP_ROWS, self.state.rows - start)
-                block = np.fromfile(data, "<f4", count * self._dim).reshape(count, self._dim)
+                block = np.fromfile(data, self._dtype, count * self._dim).reshape(count, self._dim)
                 ids = [json.loads(lines.readline()) for _ in range(count)] if lines else []
                 yield start, block, ids
+
+
+def embedding_field(dim: int, precision: str) -> Any:
+    """Arrow's field for embeddings of ``dim`` numbers."""
+    import pyarrow as pa
+
+    number = pa.float16() if precision == "float16" else pa.float32()
+    return pa.field("embedding", pa.list_(number, dim), nullable=False)
 
 
 def read_description(output: Path) -> dict[str, Any]:
@@ -381,6 +400,10 @@ def _load_state(path: Path) -> State:
         for key in ("encoder dim", "encoder max_length"):
             if not _is_count(state.job.get(key)):
                 raise _damaged(path, f"{_COUNT} under 'job', {key!r}", repr(state.job.get(key)))
+        precision = state.job.get("output_dtype")
+        if precision not in PRECISIONS:
+            rule = f"{' or '.join(PRECISIONS)} under 'job', 'output_dtype'"
+            raise _damaged(path, rule, repr(precision))
     return state
 
 
@@ -433,9 +456,10 @@ def _open_at(path: Path, size: int, begun: bool = True) -> BinaryIO:
     return file
 
 
-def _npy_header(rows: int, dim: int) -> bytes:
+def _npy_header(precision: str, rows: int, dim: int) -> bytes:
     """Version 1.0 header, padded with spaces to the reserved size: numpy.lib.format."""
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
+    descr = PRECISIONS[precision]
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
     prefix = b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little")
     return prefix + text.encode().ljust(_HEADER_BYTES - 11) + b"\n"
 

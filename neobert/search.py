@@ -76,9 +76,10 @@ class ParquetIndex:
             ) from None
         schema = self._file.schema_arrow
         kind = schema.field("embedding").type if "embedding" in schema.names else None
-        if kind is None or not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
+        floats = (pa.float32(), pa.float16())
+        if kind is None or not pa.types.is_fixed_size_list(kind) or kind.value_type not in floats:
             raise InputError(
-                "index: expected fixed_size_list<float> in column 'embedding', "
+                "index: expected fixed_size_list<float or halffloat> in column 'embedding', "
                 f"got {kind} in {path}"
             )
         self.rows, self.dim = self._file.metadata.num_rows, kind.list_size
@@ -86,7 +87,8 @@ class ParquetIndex:
     def blocks(self) -> Iterator[np.ndarray]:
         for batch in self._file.iter_batches(BLOCK_ROWS, columns=["embedding"]):
             values = batch.column(0).flatten()
-            yield values.to_numpy(zero_copy_only=False).reshape(-1, self.dim)
+            array = values.to_numpy(zero_copy_only=False).reshape(-1, self.dim)
+            yield array.astype(np.float32, copy=False)
 
 
 class FolderIndex:

@@ -22,7 +22,7 @@ from neobert.commands.arguments import (
 )
 from neobert.commands.job import WINDOW, encode_file
 from neobert.inputs import STDIN, open_source
-from neobert.outputs import check_output, interruption, partial_folder, sidecar
+from neobert.outputs import PRECISIONS, check_output, interruption, partial_folder, sidecar
 from neobert.readers import InputError
 from neobert.sharded.folder import check_folder, is_folder
 from neobert.sharded.plan import SHARD_ROWS
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 ENGINES = ("local", "torchrun", "ray")
 DESCRIPTION = """\
-Embed every text of the input, in order, and write a .npy array (float32, rows x dimensions,
-described in OUTPUT.json), a .parquet file (row, id, embedding), or, if OUTPUT has no ending, a
-folder of .parquet shards (row, id, source, number, embedding) with a manifest.
+Embed every text of the input, in order, and write a .npy array (rows x dimensions, described in
+OUTPUT.json), a .parquet file (row, id, embedding), or, if OUTPUT has no ending, a folder of
+.parquet shards (row, id, source, number, embedding) with a manifest; in float32 or float16.
 
 Input: .txt (a text on every line, blank lines included), .jsonl (--field), .parquet (--column),
 a folder of such files (recursively, in the order of their paths; with --whole-files each .txt
@@ -80,6 +80,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=WINDOW,
         metavar="TEXTS",
         help=f"texts between two safe points (default: {WINDOW})",
+    )
+    parser.add_argument(
+        "--output-dtype",
+        choices=PRECISIONS,
+        default="float32",
+        help="precision of the embeddings that are written (default: float32); float16 takes half "
+        "the room",
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     group = parser.add_argument_group("a folder of shards")
@@ -130,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
             output,
             options=model_options(args),
             window=args.window,
+            output_dtype=args.output_dtype,
             overwrite=args.overwrite,
             restart=args.restart,
             quiet=args.quiet,
@@ -153,6 +161,7 @@ def _run_sharded(args: argparse.Namespace) -> int:
         options=model_options(args),
         window=args.window,
         shard_rows=args.shard_rows,
+        output_dtype=args.output_dtype,
         overwrite=args.overwrite,
         restart=args.restart,
         quiet=args.quiet,

@@ -74,6 +74,7 @@ class Summary:
     truncated: int
     seconds: float
     dim: int
+    dtype: str
     max_length: int
 
     def __str__(self) -> str:
@@ -82,7 +83,7 @@ class Summary:
             f"encoded {self.texts:,} texts, {self.tokens:,} tokens "
             f"({self.truncated:,} texts truncated to {self.max_length:,} tokens) "
             f"in {self.seconds:,.1f} s, {rate:,.0f} tokens/s: "
-            f"{self.output} [{self.texts}, {self.dim}] float32"
+            f"{self.output} [{self.texts}, {self.dim}] {self.dtype}"
         )
 
 
@@ -93,6 +94,7 @@ def encode_file(
     *,
     options: Mapping[str, Any],
     window: int = WINDOW,
+    output_dtype: str = "float32",
     overwrite: bool = False,
     restart: bool = False,
     quiet: bool = False,
@@ -103,6 +105,7 @@ def encode_file(
         load: Builds the encoder; called once the input has been read through without an error.
         options: What else decides the numbers (model, dtype, ...): a resumed job needs the same.
         window: Texts encoded between two commits.
+        output_dtype: Precision of the embeddings that are written, "float32" or "float16".
         overwrite: Replace an existing output.
         restart: Discard the rows of an earlier, unfinished run.
         quiet: No progress and no notes on stderr.
@@ -114,6 +117,7 @@ def encode_file(
     """
     identity = source.identity()
     job = {**options, **vars(source.options), **identity, "window": window}
+    job["output_dtype"] = output_dtype
     partial = Partial.open(output, restart)
     try:
         partial.require_same(job)
@@ -128,7 +132,7 @@ def encode_file(
         job |= {"encoder dim": encoder.dim, "encoder max_length": encoder.max_length}
         job |= {f"encoder {key}": value for key, value in encoder.fingerprint.items()}
         partial.require_same(job)
-        partial.begin(job, encoder.dim, source.options.has_ids)
+        partial.begin(job, encoder.dim, source.options.has_ids, output_dtype)
         _encode(encoder, feed, partial, window, quiet)
         if source.identity() != identity or partial.state.rows != (feed.total or feed.count):
             raise InputError(
@@ -202,11 +206,12 @@ def _encode(encoder: TextEncoder, feed: _Feed, partial: Partial, window: int, qu
     started = time.monotonic()
     with Progress(feed.total, partial.state.rows, quiet=quiet) as progress:
         for chunk in encoder.stream(feed.texts(), window=window, progress=progress.update):
-            require_finite(chunk.embeddings, partial.state.rows)
+            precision = partial.state.job["output_dtype"]
+            embeddings = rounded(chunk.embeddings, precision, partial.state.rows)
             ids, digest = feed.take(len(chunk.embeddings))
             now = time.monotonic()
             partial.append(
-                chunk.embeddings,
+                embeddings,
                 ids,
                 tokens=chunk.tokens,
                 truncated=chunk.truncated,
@@ -216,13 +221,26 @@ def _encode(encoder: TextEncoder, feed: _Feed, partial: Partial, window: int, qu
             started = now
 
 
-def require_finite(embeddings: np.ndarray, first: int) -> None:
-    """Raise `InputError` for a row that is not numbers; ``first`` is the row of the first one."""
+def rounded(embeddings: np.ndarray, precision: str, first: int) -> np.ndarray:
+    """Embeddings as they are stored; ``first`` is the row of the first one.
+
+    Raises:
+        InputError: A row is not numbers, or has one beyond what float16 can hold.
+    """
+    _require_finite(embeddings, first, "finite embeddings", "--dtype float32 may help")
+    with np.errstate(over="ignore"):
+        stored = embeddings.astype(precision, copy=False)
+    rule = "embeddings of at most 65,504 in float16"
+    _require_finite(stored, first, rule, "--output-dtype float32 keeps it")
+    return stored
+
+
+def _require_finite(embeddings: np.ndarray, first: int, rule: str, hint: str) -> None:
     finite = np.isfinite(embeddings).all(1)
     if not finite.all():
         raise InputError(
-            "model: expected finite embeddings, got NaN or infinity in row "
-            f"{first + int(np.argmin(finite))}; --dtype float32 may help"
+            f"model: expected {rule}, got NaN or infinity in row "
+            f"{first + int(np.argmin(finite))}; {hint}"
         )
 
 
@@ -247,6 +265,7 @@ def _description(
         "version": 1,
         **{key: options[key] for key in ("model", "revision") if key in options},
         "rows": state.rows,
+        "output_dtype": state.job["output_dtype"],
         **encoder_record(encoder),
         "tokens": state.tokens,
         "truncated": state.truncated,
@@ -272,6 +291,7 @@ def _summary(state: State, output: Path) -> Summary:
         state.truncated,
         state.seconds,
         state.job["encoder dim"],
+        state.job["output_dtype"],
         state.job["encoder max_length"],
     )
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from neobert.floors.gpus import Gpu
-from neobert.floors.models import Architecture, forward
+from neobert.floors.models import ITEMSIZES, Architecture, forward
 
 COUNTS = (8, 64, 512)
+PRECISIONS = ("float32", "float16")  # of embeddings that are stored
 BYTES_PER_TOKEN = 4.5  # of English text in UTF-8, about
 BYTES_PER_ROW = 16  # of a shard: row and number; the source's name is stored once
 DAY, HOUR, MINUTE = 86_400, 3_600, 60
@@ -46,7 +47,7 @@ def flows(model: Architecture, corpus: Corpus, rate: float, core: float) -> dict
     """What ``rate`` tokens/s ask of everything else, per second.
 
     Args:
-        model: Its width is that of an embedding, float32.
+        model: Its width is that of an embedding.
         corpus: The texts.
         rate: Tokens/s of all GPUs together.
         core: Tokens/s that one core tokenizes.
@@ -56,14 +57,22 @@ def flows(model: Architecture, corpus: Corpus, rate: float, core: float) -> dict
         "texts/s": texts,
         "cores that tokenize": rate / core,
         "MB/s of text read": rate * BYTES_PER_TOKEN / 1e6,
-        "MB/s of embeddings written": texts * (4 * model.width + BYTES_PER_ROW) / 1e6,
+        **{
+            f"MB/s of {precision} written": texts * row_bytes(model, precision) / 1e6
+            for precision in PRECISIONS
+        },
     }
 
 
-def stored(model: Architecture, corpus: Corpus) -> tuple[float, float]:
-    """TB of text and of embeddings."""
+def row_bytes(model: Architecture, precision: str) -> int:
+    """Bytes of a text's row in a shard."""
+    return ITEMSIZES[precision] * model.width + BYTES_PER_ROW
+
+
+def stored(model: Architecture, corpus: Corpus) -> tuple[float, list[float]]:
+    """TB of text, and of embeddings in each of `PRECISIONS`."""
     text = corpus.tokens * BYTES_PER_TOKEN
-    return text / 1e12, corpus.texts * (4 * model.width + BYTES_PER_ROW) / 1e12
+    return text / 1e12, [corpus.texts * row_bytes(model, each) / 1e12 for each in PRECISIONS]
 
 
 def report(
@@ -90,14 +99,15 @@ def report(
         cells = "".join(f"{_duration(seconds / n):>12}" for n in counts)
         lines.append(f"{name:18}{rate:>16,.0f}{cells}{seconds / HOUR:>12,.0f}")
     text, embeddings = stored(model, corpus)
+    sizes = ", ".join(f"{s:.2f} TB in {p}" for s, p in zip(embeddings, PRECISIONS, strict=True))
     first = gpus[0]
     found: Mapping[int, Mapping[str, float]] = {
         n: flows(model, corpus, n * rates[first.name], core) for n in counts
     }
     lines += [
         "",
-        f"At that pace on {first.name}; {text:.2f} TB of text, {embeddings:.2f} TB of embeddings; "
-        f"a core tokenizes {core:,.0f} tokens/s:",
+        f"{text:.2f} TB of text; of embeddings {sizes}.",
+        f"At that pace on {first.name}; a core tokenizes {core:,.0f} tokens/s:",
         "",
         f"{'':34}" + "".join(f"{f'{n} GPUs':>14}" for n in counts),
     ]

@@ -6,7 +6,8 @@ passed over by readers of Parquet data sets:
 
 * ``part-000000.parquet``: ``row`` int64 in the whole input, ``id`` string (if the input has ids),
   ``source`` (the file, as seen from the input's folder), ``number`` int64 (its line or Parquet row,
-  from 1; 0 for a whole file), ``embedding`` fixed_size_list<float32>[dim]; a row group per window.
+  from 1; 0 for a whole file), ``embedding`` fixed_size_list<float32>[dim] (or
+  float16); a row group per window.
 * ``_job.json``: what decides the numbers, and the plan. ``_encoder.json``: the model that ran.
 * ``_manifest.json``: written when all shards are there: model, options, input, rows of every shard.
 """
@@ -25,7 +26,7 @@ import numpy as np
 
 from neobert import files, outputs
 from neobert.files import sync_folder, write_atomically
-from neobert.outputs import METADATA_KEY, OutputError, require_pyarrow
+from neobert.outputs import METADATA_KEY, OutputError, embedding_field, require_pyarrow
 from neobert.readers import InputError, Row, escaped, one_line
 from neobert.sharded.plan import Plan, Shard
 
@@ -154,6 +155,7 @@ class ShardFolder:
             "version": VERSION,
             **{key: self.job[key] for key in ("model", "revision") if key in self.job},
             "rows": self.plan.rows,
+            "output_dtype": self.job["output_dtype"],
             "tokens": tokens,
             "truncated": truncated,
             **encoder,
@@ -309,7 +311,7 @@ class ShardWriter:
         columns += [
             pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
             pa.field("number", pa.int64(), nullable=False),
-            pa.field("embedding", pa.list_(pa.float32(), dim), nullable=False),
+            embedding_field(dim, folder.job["output_dtype"]),
         ]
         self._schema = pa.schema(columns)
         with writing(folder.path):
@@ -335,7 +337,7 @@ class ShardWriter:
         tokens: int,
         truncated: int,
     ) -> None:
-        """The next rows of the shard, ``embeddings`` ``[n, dim]`` float32."""
+        """The next rows of the shard, ``embeddings`` ``[n, dim]`` in the precision of the job."""
         import pyarrow as pa
 
         first = self.next_row

@@ -29,6 +29,7 @@ class Job:
         options: What else decides the numbers (model, dtype, ...).
         window: Texts of a window; a shard is whole windows, so that they do not depend on shards.
         shard_rows: Rows of a shard.
+        output_dtype: Precision of the embeddings that are written.
         overwrite: Replace a finished output.
         restart: Discard the shards of an unfinished run.
         quiet: No progress and no notes on stderr.
@@ -41,6 +42,7 @@ class Job:
     options: Mapping[str, Any]
     window: int = WINDOW
     shard_rows: int = SHARD_ROWS
+    output_dtype: str = "float32"
     overwrite: bool = False
     restart: bool = False
     quiet: bool = False
@@ -86,6 +88,7 @@ class Job:
             **source.identity(),
             "window": self.window,
             "shard_rows": self.shard_rows,
+            "output_dtype": self.output_dtype,
         }
 
     def encoder(
@@ -119,6 +122,7 @@ class Job:
             manifest["tokens"],
             manifest["truncated"],
             manifest["dim"],
+            self.output_dtype,
             run,
         )
 
@@ -157,6 +161,7 @@ class Summary:
     tokens: int
     truncated: int
     dim: int
+    dtype: str
     run: Run
 
     def __str__(self) -> str:
@@ -167,5 +172,5 @@ class Summary:
         return (
             f"encoded {self.texts:,} texts, {self.tokens:,} tokens "
             f"({self.truncated:,} texts truncated); {done}: "
-            f"{self.output} [{self.texts}, {self.dim}] float32 in {self.shards:,} shards"
+            f"{self.output} [{self.texts}, {self.dim}] {self.dtype} in {self.shards:,} shards"
         )

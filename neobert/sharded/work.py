@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from neobert.commands.job import Chunk, TextEncoder, require_finite
+from neobert.commands.job import Chunk, TextEncoder, rounded
 from neobert.inputs import FileSource
 from neobert.readers import InputError, Row
 from neobert.sharded.folder import ShardFolder, ShardWriter
@@ -102,9 +102,10 @@ class _Output:
         self._failed = True
         if self._writer is None:
             self._writer = self._folder.writer(block.shard, self._encoder.dim)
-        require_finite(chunk.embeddings, self._writer.next_row)
+        precision = self._folder.job["output_dtype"]
+        embeddings = rounded(chunk.embeddings, precision, self._writer.next_row)
         labels = [self._label(row.file) for row in block.rows]
-        self._writer.add(block.rows, labels, chunk.embeddings, chunk.tokens, chunk.truncated)
+        self._writer.add(block.rows, labels, embeddings, chunk.tokens, chunk.truncated)
         if block.last:
             self._writer.finish()
             self._writer = None

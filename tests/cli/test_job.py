@@ -81,6 +81,21 @@ def test_parquet_holds_rows_ids_and_a_description(
     assert read_description(output)["rows"] == 18
 
 
+def test_float16_holds_the_rounded_rows_also_after_a_kill(source: Path, output: Path) -> None:
+    with pytest.raises(Killed):
+        run_job(source, output, stop_after(8), output_dtype="float16")
+    summary = run_job(source, output, output_dtype="float16")
+    assert str(summary).endswith(f"[18, {DIM}] float16")
+    assert read_description(output)["output_dtype"] == "float16"
+    if output.suffix == ".npy":
+        stored = np.load(output)
+    else:
+        column = pq.read_table(output)["embedding"].combine_chunks()
+        stored = column.flatten().to_numpy().reshape(-1, DIM)
+    assert stored.dtype == np.float16
+    np.testing.assert_array_equal(stored, np.float16([embed(text) for text in TEXTS]))
+
+
 def kills(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Kill ``run`` before its first, second, ... change of the disk; ends when it completes."""
     for calls in itertools.count():
@@ -323,6 +338,7 @@ def test_a_short_write_is_continued(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"window": 5}, "window was 4, now 5"),
+        ({"output_dtype": "float16"}, "output_dtype was 'float32', now 'float16'"),
         (
             {"options": {"model": "fake", "dtype": "bfloat16"}},
             "dtype was 'float32', now 'bfloat16'",
@@ -420,6 +436,18 @@ def test_embeddings_that_are_not_numbers_are_refused(source: Path, output: Path)
         InputError, match="expected finite embeddings, got NaN or infinity in row 2"
     ):
         run_job(source, output, Broken())
+
+
+def test_embeddings_beyond_float16_are_refused_there_alone(source: Path, output: Path) -> None:
+    class Large(FakeEncoder):
+        def stream(self, *args: Any, **options: Any) -> Iterator[Any]:
+            for chunk in super().stream(*args, **options):
+                chunk.embeddings[1, 0] = -65520  # 65504 and half of the last bit
+                yield chunk
+
+    with pytest.raises(InputError, match=r"at most 65,504 in float16, got .* in row 1; --output-d"):
+        run_job(source, output, Large(), output_dtype="float16")
+    assert run_job(source, output, Large(), restart=True).texts == 18
 
 
 def test_an_interrupt_says_how_to_go_on(source: Path, output: Path) -> None:

@@ -28,6 +28,10 @@ BAD_STATES: list[tuple[dict[str, Any], str]] = [
     ({"digest": 3}, "a string under 'digest', got 3"),
     ({"finished": 1}, "true or false under 'finished', got 1"),
     ({"finished": True}, "a whole number of at least 0 under 'job', 'encoder dim', got None"),
+    (
+        {"finished": True, "job": {"encoder dim": 8, "encoder max_length": 5}},
+        "float32 or float16 under 'job', 'output_dtype', got None",
+    ),
 ]
 
 
@@ -96,7 +100,7 @@ def test_unfit_outputs_are_refused(name: str, message: str, tmp_path: Path) -> N
 def test_restart_does_not_replace_a_published_output(source: Path, output: Path) -> None:
     output.write_bytes(b"whole")
     partial_folder(output).mkdir()
-    job = {"encoder dim": DIM, "encoder max_length": 5}
+    job = {"encoder dim": DIM, "encoder max_length": 5, "output_dtype": "float32"}
     state = {"version": 1, "job": job, "rows": 18, "finished": True}
     (partial_folder(output) / "state.json").write_text(json.dumps(state))
     assert outputs.check_output(str(output)) == output

@@ -147,6 +147,22 @@ def test_a_folder_has_the_hits_of_one_file(
     np.testing.assert_array_equal(hits.scores, expected.scores)
 
 
+def test_float16_is_searched_as_the_numbers_that_are_stored(source: Path, tmp_path: Path) -> None:
+    run_job(source, tmp_path / "out.npy", output_dtype="float16")
+    run_job(source, tmp_path / "out.parquet", output_dtype="float16")
+    runs.run(source, tmp_path / "out", output_dtype="float16")
+    rows = np.load(tmp_path / "out.npy").astype(np.float32)
+    queries = np.random.default_rng(0).standard_normal((5, DIM))
+    expected = search(rows, queries, 9)
+    for name in ("out.npy", "out.parquet", "out"):
+        index, description = open_index(tmp_path / name)
+        assert description["output_dtype"] == "float16"
+        assert {block.dtype for block in index.blocks()} == {np.dtype(np.float32)}
+        hits = search(index, queries, 9)
+        np.testing.assert_array_equal(hits.rows, expected.rows)
+        np.testing.assert_array_equal(hits.scores, expected.scores)
+
+
 def test_a_folder_that_is_not_whole_is_refused(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
 
@@ -215,6 +231,6 @@ def test_unfit_index_files_are_refused(tmp_path: Path) -> None:
     table.write_bytes(b"no")
     refuses(table, "expected a Parquet file")
     pq.write_table(pa.table({"embedding": [[1.0]]}), table)
-    refuses(table, r"expected fixed_size_list<float> in column 'embedding', got list")
+    refuses(table, r"expected fixed_size_list<float or halffloat> in column 'embedding', got list")
     pq.write_table(pa.table({"x": [1]}), table)
     refuses(table, r"in column 'embedding', got None")

@@ -153,10 +153,7 @@ def test_a_full_disk_keeps_what_is_done(data: Make, monkeypatch: pytest.MonkeyPa
 
     with monkeypatch.context() as patch:
         patch.setattr(module.files, "write_all", full)
-        with pytest.raises(
-            OutputError,
-            match=r"No space left on device; make room and .* to go on",
-        ):
+        with pytest.raises(OutputError, match=r"No space left on device; make room .* to go on"):
             prepare(made, quiet=True)
     assert files_of(prepare(made, quiet=True).folder) == expected
 

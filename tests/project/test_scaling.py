@@ -28,9 +28,13 @@ def test_a_corpus_by_hand() -> None:
         "texts/s": 1e4,
         "cores that tokenize": 4,
         "MB/s of text read": 4.5,
-        "MB/s of embeddings written": pytest.approx(1e4 * (768 * 4 + 16) / 1e6),
+        "MB/s of float32 written": pytest.approx(1e4 * (768 * 4 + 16) / 1e6),
+        "MB/s of float16 written": pytest.approx(1e4 * (768 * 2 + 16) / 1e6),
     }
-    assert scaling.stored(model, corpus) == (1e5 * 4.5 / 1e12, 1000 * 3088 / 1e12)
+    assert scaling.stored(model, corpus) == (
+        1e5 * 4.5 / 1e12,
+        [1000 * 3088 / 1e12, 1000 * 1552 / 1e12],
+    )
     lines = scaling.report(model, corpus, [gpu], counts=(2,)).splitlines()
     seconds = 1e5 / scaling.tokens_per_s(model, gpu, 100) / 2
     assert lines[3].split()[-3:-1] == [f"{seconds:.1f}", "s"]

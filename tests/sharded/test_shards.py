@@ -65,6 +65,16 @@ def test_a_folder_holds_the_rows_of_one_file(source: Path, tmp_path: Path) -> No
     np.testing.assert_array_equal(runs.vectors(tmp_path / "out"), np.load(tmp_path / "out.npy"))
 
 
+def test_float16_shards_hold_the_rounded_rows(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert "[18, 8] float16 in 3 shards" in str(runs.run(source, output, output_dtype="float16"))
+    assert runs.manifest(output)["output_dtype"] == "float16"
+    column = pq.read_table(output)["embedding"].combine_chunks()
+    assert column.type == pa.list_(pa.field("element", pa.float16()), 8)
+    rows = column.flatten().to_numpy().reshape(-1, 8)
+    np.testing.assert_array_equal(rows, np.float16([embed(text) for text in TEXTS]))
+
+
 @pytest.mark.parametrize("every", [1, 2, 3, 100])
 @pytest.mark.parametrize(
     "data",
@@ -183,6 +193,7 @@ def test_a_damaged_shard_is_made_again(
     [
         ({"window": 2}, "window was 4, now 2"),
         ({"shard_rows": 4}, "shard_rows was 8, now 4"),
+        ({"output_dtype": "float16"}, "output_dtype was 'float32', now 'float16'"),
         ({"options": runs.OPTIONS | {"dtype": "float16"}}, "dtype was 'float32', now 'float16'"),
         ({"read": ReadOptions(field="body")}, "field was 'text', now 'body'"),
         (
