@@ -401,6 +401,7 @@ def _workers(encoder: Encoder) -> Iterator[Callable[..., Future]]:
     previous = torch.get_num_threads()
 
     def start() -> None:
+        torch.get_num_threads()  # takes over the default once; later it would undo the next line
         torch.set_num_threads(threads)
         if not on_cpu:
             torch.cuda.set_device(encoder.device)

