@@ -2,6 +2,7 @@
 #
 #   make demo      set up .venv, embed real text unpatched and patched, compare   (TEXTS=300, TEXTS=all)
 #   make test      everything that needs no GPU: lint, tests, interpreter, builds for GPUs, oldest stack
+#   make ray-test  the tests of `--engine ray`; installs Ray into .venv (240 MB), so not in `make test`
 #   make cuda      compile the optional CUDA extension, report on its machine code
 #   make cpu-smoke pre-train a small NeoBERT on a CPU, both stages, in minutes      (RUN=folder)
 #   make gpu-test  every check that needs a GPU; then gpu-bench measures, gpu-tune proposes choices
@@ -33,8 +34,8 @@ BIN    := $(VENV)/bin
 pytest  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install test lint format test-cpu support interpret aot cuda compat demo cpu-smoke bench bench-quick \
-	report gpu-test gpu-bench gpu-tune gpu-compare gpu-wheels clean
+.PHONY: help venv install test lint format test-cpu ray-test support interpret aot cuda compat demo cpu-smoke \
+	bench bench-quick report gpu-test gpu-bench gpu-tune gpu-compare gpu-wheels clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -77,6 +78,11 @@ format: $(VENV)/.dev
 
 test-cpu: $(VENV)/.dev
 	$(call pytest,$(VENV)) -m 'not aot' --check-support-table=docs/support.md
+
+ray-test: $(VENV)/.dev
+	$(BIN)/python $(PIP) --editable '.[ray]'
+	$(BIN)/python -c 'import ray.data'  # without it the tests are skipped
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/sharded/test_engines.py -k ray
 
 support: $(VENV)/.dev
 	$(call pytest,$(VENV)) tests/patch --support-table=docs/support.md
