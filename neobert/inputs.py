@@ -15,13 +15,14 @@ Rules, the same on every platform:
 * ``whole_files``: every ``.txt`` and ``.md`` file is one text, and its relative path is its id.
 """
 
+import fnmatch
 import glob
 import hashlib
 import itertools
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -196,6 +197,32 @@ def open_source(
     if options.id_column is not None and any(file.suffix.lower() == ".txt" for file in files):
         raise InputError(f"id-column: expected .jsonl or .parquet input, got .txt files in {path}")
     return FileSource(root, files, options, pattern)
+
+
+def overlaps(path: str, folder: Path) -> bool:
+    """Whether an input and a folder are, or hold, one another.
+
+    A pattern holds what a file in the folder could match.
+    """
+    root, pattern = Path(path), ""
+    if not root.exists() and glob.has_magic(path):
+        root, pattern = _plain_part(root)
+    root, folder = root.resolve(), folder.resolve()
+    if root.is_relative_to(folder):
+        return True
+    inside = folder.is_relative_to(root)
+    return inside and _may_hold(Path(pattern).parts, (*folder.relative_to(root).parts, None))
+
+
+def _may_hold(pattern: Sequence[str], names: Sequence[str | None]) -> bool:
+    """Whether a pattern matches the path of these names, or a folder of it; None is any name."""
+    if not pattern or not names:
+        return not pattern
+    if pattern[0] == "**":
+        return _may_hold(pattern[1:], names) or _may_hold(pattern, names[1:])
+    name = names[0]
+    matches = name is None or fnmatch.fnmatchcase(name, pattern[0])
+    return matches and _may_hold(pattern[1:], names[1:])
 
 
 def _match(pattern: str, kinds: Collection[str], exclude: Collection[Path]) -> list[Path]:

@@ -24,7 +24,7 @@ from neobert.commands.job import WINDOW, encode_file
 from neobert.inputs import STDIN, open_source
 from neobert.outputs import PRECISIONS, check_output, interruption, partial_folder, sidecar
 from neobert.readers import InputError
-from neobert.sharded.folder import check_folder, is_folder
+from neobert.sharded.owned import check_folder, is_folder
 from neobert.sharded.plan import SHARD_ROWS
 
 if TYPE_CHECKING:

@@ -26,45 +26,14 @@ import numpy as np
 
 from neobert import files, outputs
 from neobert.files import sync_folder, write_atomically
-from neobert.outputs import METADATA_KEY, OutputError, embedding_field, require_pyarrow
-from neobert.readers import InputError, Row, escaped, one_line
+from neobert.outputs import METADATA_KEY, OutputError, embedding_field
+from neobert.readers import InputError, Row, one_line
+from neobert.sharded import owned
+from neobert.sharded.owned import ENCODER, JOB, LOCK, MANIFEST, VERSION
 from neobert.sharded.plan import Plan, Shard
-
-JOB, ENCODER, MANIFEST, LOCK = "_job.json", "_encoder.json", "_manifest.json", "_lock"
-VERSION = 1
-_PATTERNS = ("part-*.parquet", "_part-*.new", f"{ENCODER}*", f"{JOB}*", f"{MANIFEST}*", LOCK)
 
 Note = Callable[[str], None]
 writing = functools.partial(outputs.writing, kept="finished shards are kept", goal="resume")
-
-
-def is_folder(path: str) -> bool:
-    """Whether an ``--output`` names a folder of shards: it has no ending, or is a folder."""
-    return path.endswith(("/", os.sep)) or not Path(path).suffix or Path(path).is_dir()
-
-
-def check_folder(path: str) -> Path:
-    """The folder, if shards may be written there; it need not exist.
-
-    Raises:
-        InputError: No parent, no right to write, or other files are in it.
-    """
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output: expected a folder, got the file {path}")
-    if not folder.exists() and not folder.parent.is_dir():
-        raise InputError(f"output: expected an existing folder, got {folder.parent}")
-    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
-        raise InputError(f"output: expected a writable folder, got {folder}")
-    if folder.exists():
-        others = sorted(p.name for p in folder.iterdir() if not any(map(p.match, _PATTERNS)))
-        if others:
-            raise InputError(
-                f"output: expected nothing but an earlier run's shards in {folder}, "
-                f"got {escaped(others[0])}; choose another --output"
-            )
-    require_pyarrow("output")
-    return folder
 
 
 class ShardFolder:
@@ -93,13 +62,15 @@ class ShardFolder:
         """What a finished shard says of itself; None if it is not there, or damaged.
 
         Raises:
-            InputError: It is another job's.
+            InputError: It is another job's, or not ours.
         """
         path = self.part(shard)
-        found = _footer(path)
+        found = owned.footer(path)
         if found is None:
             return None
         record, rows = found
+        if not record:
+            raise owned.foreign(path)
         if (record["job"], record["shard"]) != (self._digest, shard.number):
             raise InputError(f"resume: expected shards of one job in {self.path}, got {path}")
         return record if rows == record["rows"] == shard.rows else None
@@ -164,8 +135,7 @@ class ShardFolder:
             "shards": parts,
         }
         with writing(self.path):
-            for staged in self.path.glob("_part-*.new"):
-                staged.unlink()
+            owned.remove_staged(self.path)
             write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         return manifest
 
@@ -185,8 +155,10 @@ def prepared(
     A job that fails before its first shard leaves nothing behind.
 
     Raises:
-        InputError: Shards of another job are there, a finished output is, or another process is.
+        InputError: Files that are not ours are there, shards of another job, a finished output, or
+            another process.
     """
+    owned.check_files(path)
     existed = path.exists()
     with writing(path):
         path.mkdir(exist_ok=True)
@@ -196,7 +168,7 @@ def prepared(
         yield folder
     finally:
         if not any(path.glob("part-*.parquet")):
-            _clear(path)
+            owned.clear(path)
         lock.close()
         with contextlib.suppress(OSError):
             (path / LOCK).unlink()
@@ -224,28 +196,13 @@ def finished(path: Path) -> tuple[dict[str, Any], list[Path]]:
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"index: expected a manifest in {path}, got {one_line(error)}") from None
     for number, (part, rows) in enumerate(sizes.items()):
-        found = _footer(part)
+        found = owned.footer(part)
         if found is None:
             raise InputError(f"{rule}, got no whole {part}; {again}")
         record, read = found
-        if (record["job"], record["shard"], read) != (digest, number, rows):
+        if (record.get("job"), record.get("shard"), read) != (digest, number, rows):
             raise InputError(f"index: expected shards of one job in {path}, got {part}")
     return manifest, list(sizes)
-
-
-def _footer(path: Path) -> tuple[dict[str, Any], int] | None:
-    """What a shard says of itself, and its rows; None if it is not there, or damaged."""
-    import pyarrow.parquet as pq
-
-    if not path.exists():
-        return None
-    try:
-        metadata = pq.read_metadata(path)
-        record = dict(json.loads(metadata.metadata[METADATA_KEY]))
-        missing = {"job", "shard", "rows", "tokens", "truncated"} - record.keys()
-        return None if missing else (record, metadata.num_rows)
-    except (KeyError, OSError, TypeError, ValueError):
-        return None
 
 
 def _begin(
@@ -263,7 +220,7 @@ def _begin(
             "(--overwrite replaces it)"
         )
     if restart or (finished and overwrite):
-        _clear(path)
+        owned.clear(path)
     shards = sum(1 for _ in path.glob("part-*.parquet"))
     record = _read(path / JOB) if shards else None
     if record is not None:
@@ -272,8 +229,7 @@ def _begin(
         plan = Plan.from_record(record["plan"])
     else:
         plan = make_plan()
-    for staged in path.glob("_part-*.new"):
-        staged.unlink()
+    owned.remove_staged(path)
     content = {"version": VERSION, "job": job, "plan": asdict(plan)}
     with writing(path):
         write_atomically(path / JOB, json.dumps(content) + "\n")
@@ -406,10 +362,3 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(
             f"resume: expected a readable {path}, got {one_line(error)} (--restart begins anew)"
         ) from None
-
-
-def _clear(path: Path) -> None:
-    """The manifest first: what is left half-cleared must not look complete."""
-    for pattern in (f"{MANIFEST}*", *_PATTERNS[:4]):
-        for file in path.glob(pattern):
-            file.unlink(missing_ok=True)

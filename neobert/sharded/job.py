@@ -11,6 +11,7 @@ from neobert.commands.job import WINDOW, TextEncoder, encoder_record, note
 from neobert.inputs import FileSource, open_source, source_record
 from neobert.readers import InputError, ReadOptions
 from neobert.sharded.folder import ShardFolder, prepared
+from neobert.sharded.owned import check_apart
 from neobert.sharded.plan import SHARD_ROWS, Shard, make_plan
 from neobert.sharded.work import encode_shards
 
@@ -55,6 +56,7 @@ class Job:
             )
 
     def source(self) -> FileSource:
+        check_apart(self.output, self.input)
         source = open_source(self.input, self.read, exclude=(self.output,))
         if not isinstance(source, FileSource):
             raise InputError("input: expected files for a folder of shards, got '-'")
