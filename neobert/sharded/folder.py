@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,9 +29,11 @@ from neobert import files, outputs
 from neobert.files import sync_folder, write_atomically
 from neobert.outputs import METADATA_KEY, OutputError, embedding_field
 from neobert.readers import InputError, Row, one_line
-from neobert.sharded import owned
+from neobert.sharded import checksum, owned
 from neobert.sharded.owned import ENCODER, JOB, LOCK, MANIFEST, VERSION
 from neobert.sharded.plan import Plan, Shard
+
+CHECKS_AT_A_TIME = 8  # shards that are read; the sum is taken outside of Python's lock
 
 Note = Callable[[str], None]
 writing = functools.partial(outputs.writing, kept="finished shards are kept", goal="resume")
@@ -76,8 +79,23 @@ class ShardFolder:
         return record if rows == record["rows"] == shard.rows else None
 
     def unfinished(self) -> list[int]:
-        """Numbers of the shards that are not there, or damaged."""
-        return [n for n in range(len(self.plan)) if self.record(self.plan[n]) is None]
+        """Numbers of the shards that are not there, or damaged; every byte of the others is read.
+
+        A damaged one is removed, so that no worker takes it for finished.
+        """
+
+        def is_whole(number: int) -> bool:
+            shard = self.plan[number]
+            if self.record(shard) is None:
+                return False
+            if not checksum.is_intact(self.part(shard)):
+                self.part(shard).unlink()
+                return False
+            return True
+
+        with ThreadPoolExecutor(CHECKS_AT_A_TIME, "neobert-check") as pool:
+            whole = list(pool.map(is_whole, range(len(self.plan))))
+        return [number for number, found in enumerate(whole) if not found]
 
     def attempts(self, shard: Shard) -> int:
         """How often this has been called for the shard, by any process of this run."""
@@ -271,7 +289,7 @@ class ShardWriter:
         ]
         self._schema = pa.schema(columns)
         with writing(folder.path):
-            self._file: BinaryIO = open(self._staged, "wb")  # noqa: SIM115
+            self._file: BinaryIO = open(self._staged, "w+b")  # noqa: SIM115
             self._writer = pq.ParquetWriter(
                 self._file,
                 self._schema,
@@ -323,10 +341,12 @@ class ShardWriter:
             "rows": self._rows,
             "tokens": self._tokens,
             "truncated": self._truncated,
+            checksum.ENTRY: checksum.EMPTY,
         }
         with writing(self._path.parent):
             self._writer.add_key_value_metadata({METADATA_KEY: json.dumps(record)})
             self._writer.close()
+            checksum.seal(self._file)
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()

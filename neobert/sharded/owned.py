@@ -77,9 +77,9 @@ def footer(path: Path) -> tuple[dict[str, Any], int] | None:
     except (OSError, ValueError):
         return None
     try:
-        record = dict(json.loads(metadata.metadata[METADATA_KEY]))
-    except (KeyError, TypeError, ValueError):
-        record = {}
+        record = dict(json.loads((metadata.metadata or {}).get(METADATA_KEY, b"{}")))
+    except (TypeError, ValueError):
+        return None
     return record if record.keys() >= _RECORD else {}, metadata.num_rows
 
 

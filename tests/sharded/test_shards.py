@@ -18,6 +18,7 @@ from jobs import TEXTS, Killed
 from neobert.inputs import open_source
 from neobert.outputs import OutputError
 from neobert.readers import InputError, ReadOptions, line_starts
+from neobert.sharded import checksum, owned
 from neobert.sharded.plan import Plan, make_plan
 
 
@@ -186,6 +187,32 @@ def test_a_damaged_shard_is_made_again(
     os.truncate(half / "part-000000.parquet", size)
     assert runs.run(source, half).run.texts == 18
     assert runs.parts(half) == whole
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("place", [0, 0.1, 0.3, 0.5, 0.6, 0.8, 0.9, 0.99])
+def test_a_shard_with_a_changed_bit_is_made_again(
+    place: float, finished: bool, half: Path, source: Path, whole: dict[str, bytes]
+) -> None:
+    if finished:
+        runs.run(source, half)
+    shard = half / "part-000000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[int(place * len(content))] ^= 1
+    shard.write_bytes(content)
+    assert runs.run(source, half).run.texts == (8 if finished else 18)
+    assert runs.parts(half) == whole
+
+
+def test_every_changed_byte_is_noticed(half: Path) -> None:
+    """Also those of the checksum, and of what says where it stands."""
+    shard = half / "part-000000.parquet"
+    content = shard.read_bytes()
+    assert checksum.is_intact(shard)
+    sum_at = content.index(b'"crc32": "')
+    for place in (*range(0, len(content), 23), *range(sum_at, sum_at + 19)):
+        shard.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        assert not checksum.is_intact(shard) or owned.footer(shard) is None
 
 
 @pytest.mark.parametrize(
