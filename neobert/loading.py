@@ -192,6 +192,12 @@ def text_length(asked: int | None, settings: SentenceSettings, tokenizer: Any, m
         most -= padding + 1  # RoBERTa's table begins with rows that no text uses
     if asked is not None and asked > most:
         raise ValueError(f"max_length: expected at most {most} (this model's), got {asked}")
+    special = int(tokenizer.num_special_tokens_to_add())
+    if asked is not None and asked <= special:  # tokenizers do not cut at all then
+        raise ValueError(
+            f"max_length: expected at least {special + 1}, one more than the tokenizer's special "
+            f"tokens, got {asked}"
+        )
     return asked or min(settings.max_length or most, int(tokenizer.model_max_length), most)
 
 

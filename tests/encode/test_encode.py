@@ -317,6 +317,7 @@ def test_a_damaged_model_folder_is_one_clear_error(folder, damage, message):
         ({"device": "cuda:99"}, r"device: expected .*this machine.* GPU.*, got 'cuda:99'"),
         ({"max_length": 513}, "max_length: expected at most 512 .*, got 513"),
         ({"max_length": 0}, "max_length: expected at least 1"),
+        ({"max_length": 2}, "max_length: expected at least 3, one more .* special tokens, got 2"),
         ({"threads": 0}, "threads: expected at least 1"),
         ({"threads": 100_000}, r"threads: expected 1 to \d+ \(this machine's cores\), got 100000"),
         ({"max_tokens": -1}, "max_tokens: expected 0"),
