@@ -66,7 +66,10 @@ def check_output(path: str, overwrite: bool = False, restart: bool = False) -> P
     """
     output = Path(path)
     if output.suffix.lower() not in FORMATS:
-        raise InputError(f"output: expected a name ending in {' or '.join(FORMATS)}, got {path}")
+        raise InputError(
+            f"output: expected a name ending in {' or '.join(FORMATS)}, or for a folder of shards "
+            f"one without an ending or with a slash behind it, got {path}"
+        )
     if not output.parent.is_dir():
         raise InputError(f"output: expected an existing folder, got {output.parent}")
     if not os.access(output.parent, os.W_OK):

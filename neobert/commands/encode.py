@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 ENGINES = ("local", "torchrun", "ray")
 DESCRIPTION = """\
 Embed every text of the input, in order, and write a .npy array (rows x dimensions, described in
-OUTPUT.json), a .parquet file (row, id, embedding), or, if OUTPUT has no ending, a folder of
-.parquet shards (row, id, source, number, embedding) with a manifest; in float32 or float16.
+OUTPUT.json), a .parquet file (row, id, embedding), or, if OUTPUT has no ending or is written with
+a slash behind it (v1.2/), a folder of .parquet shards (row, id, source, number, embedding) with a
+manifest; in float32 or float16.
 
 Input: .txt (a text on every line, blank lines included), .jsonl (--field), .parquet (--column),
 a folder of such files (recursively, in the order of their paths; with --whole-files each .txt
@@ -119,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
         return _run_sharded(args)
     if args.engine != "local":
         raise InputError(
-            f"output: expected a folder (a name without ending) with --engine {args.engine}, "
-            f"got {args.output}"
+            f"output: expected a folder (a name without an ending, or with a slash behind it) with "
+            f"--engine {args.engine}, got {args.output}"
         )
     output = check_output(args.output, args.overwrite, args.restart)
     _check_different(args.input, output)

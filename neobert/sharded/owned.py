@@ -30,7 +30,7 @@ _RECORD = {"job", "shard", "rows", "tokens", "truncated"}
 
 
 def is_folder(path: str) -> bool:
-    """Whether an ``--output`` names a folder of shards: it has no ending, or is a folder."""
+    """Whether an ``--output`` names a folder of shards: no ending, a slash, or a folder there."""
     return path.endswith(("/", os.sep)) or not Path(path).suffix or Path(path).is_dir()
 
 
@@ -38,8 +38,10 @@ def check_folder(path: str) -> Path:
     """The folder, if shards may be written there; it need not exist.
 
     Raises:
-        InputError: No parent, or no right to write.
+        InputError: No name, no parent, or no right to write.
     """
+    if not path:
+        raise InputError("output: expected a name, got ''")
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output: expected a folder, got the file {path}")

@@ -125,6 +125,15 @@ def test_ranks_that_cannot_begin_say_it_once(
     assert said.count("neobert: error: input: expected an existing file or folder") == 1
 
 
+def test_a_slash_makes_a_name_with_dots_a_folder(
+    local: tuple[Path, dict[str, bytes]], model: Path, tmp_path: Path
+) -> None:
+    source, expected = local
+    arguments = ["--quiet", "--output", f"{tmp_path}/v1.2/"]
+    assert main([*command(model, source, tmp_path / "-"), *arguments]) == 0
+    assert runs.parts(tmp_path / "v1.2") == expected
+
+
 def test_more_threads_give_the_same_bytes(
     local: tuple[Path, dict[str, bytes]],
     model: Path,
@@ -216,6 +225,12 @@ def test_ray_leaves_the_bytes_of_one_process_and_says_errors_in_one_line(
         (["--output", "gone/out"], "output: expected an existing folder, got gone"),
         (["--output", "out", "--shard-rows", "9"], "shard-rows: expected a multiple of the"),
         (["--output", "full"], "output: expected nothing but an earlier"),
+        (["--output", ""], "output: expected a name, got ''"),
+        (
+            ["--output", "out.d"],
+            "output: expected a name ending in .npy or .parquet, or for a folder of shards one "
+            "without an ending or with a slash behind it, got out.d",
+        ),
     ],
 )  # fmt: skip
 def test_unfit_commands_are_refused(
