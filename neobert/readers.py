@@ -326,7 +326,7 @@ def _check_columns(schema: Any, path: Path, options: ReadOptions) -> None:
     kind = schema.field(options.column).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
         raise InputError(
             f"{path}: expected strings in column {options.column!r}, "
             f"got {schema.field(options.column).type}"

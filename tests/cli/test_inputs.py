@@ -155,7 +155,9 @@ def test_ids_become_strings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+    ids=str,
 )
 def test_every_string_type_of_parquet(kind: Any, tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", ["x", "", "x"], kind=kind)
