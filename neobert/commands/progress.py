@@ -26,6 +26,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._quiet = quiet
         self._start = self._last_line = time.monotonic()
+        self._counts_from_start = True
         self._bar: Any = None
         if not quiet and self._stream.isatty():
             self._bar = _bar(total, done, self._stream)
@@ -39,6 +40,14 @@ class Progress:
     def tokens(self) -> int:
         """Of these texts."""
         return self._tokens
+
+    def began(self, seconds_ago: float) -> None:
+        """Rates count from here, instead of from the time before the model was there."""
+        if self._counts_from_start:
+            self._counts_from_start = False
+            self._start = max(self._start, time.monotonic() - seconds_ago)
+            if self._bar is not None:
+                self._bar.start_t = self._bar.last_print_t = time.time() - seconds_ago
 
     def update(self, texts: int, tokens: int) -> None:
         """Add what one batch finished; batches may finish in several threads at once."""

@@ -138,19 +138,24 @@ class Job:
 
 
 class Run:
-    """Texts and tokens that this run encoded, and how long it has taken."""
+    """Texts and tokens that this run encoded, and how long that has taken."""
 
     def __init__(self) -> None:
         self.texts = self.tokens = 0
-        self._started = time.monotonic()
+        self._began: float | None = None
 
     def add(self, texts: int, tokens: int) -> None:
         self.texts += texts
         self.tokens += tokens
 
+    def began(self, seconds_ago: float = 0.0) -> None:
+        """The clock starts when the first worker has its model; later ones change nothing."""
+        began = time.monotonic() - seconds_ago
+        self._began = began if self._began is None else min(self._began, began)
+
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._started
+        return 0.0 if self._began is None else time.monotonic() - self._began
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ class Summary:
         run = self.run
         done = f"this run {run.texts:,} texts in {run.seconds:,.1f} s"
         if run.tokens:
-            done += f", {run.tokens / run.seconds:,.0f} tokens/s"
+            done += f", {run.tokens / max(run.seconds, 1e-9):,.0f} tokens/s"
         return (
             f"encoded {self.texts:,} texts, {self.tokens:,} tokens "
             f"({self.truncated:,} texts truncated); {done}: "

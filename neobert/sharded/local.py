@@ -16,6 +16,7 @@ def run(job: Job) -> Summary:
         run, todo = Run(), [folder.plan[n] for n in folder.unfinished()]
         if todo:
             encoder = job.encoder(folder)
+            run.began()
             done = folder.plan.rows - sum(shard.rows for shard in todo)
             with Progress(folder.plan.rows, done, quiet=job.quiet) as progress:
                 for _ in job.work(encoder, source, folder, todo, progress.update):

@@ -35,7 +35,7 @@ class Worker:
         """Encode the shards of one row of ``batch``; an error of the user's goes back as text."""
         (numbers,) = batch["shards"]
         shards = [self._folder.plan[int(number)] for number in numbers.split()]
-        counts, error, kind = Run(), "", ""
+        run, error, kind = Run(), "", ""
         try:
             if self._folder.attempts(shards[0]) > MOST_ATTEMPTS:
                 raise OutputError(
@@ -44,14 +44,16 @@ class Worker:
                 )
             if self._encoder is None:
                 self._encoder = self._job.encoder(self._folder, self._device, self._threads)
-            for _ in self._job.work(self._encoder, self._source, self._folder, shards, counts.add):
+            run.began()
+            for _ in self._job.work(self._encoder, self._source, self._folder, shards, run.add):
                 pass
         except (OSError, ValueError) as caught:
             error, kind = str(caught), type(caught).__name__
         return {
             "rows": [sum(shard.rows for shard in shards)],
-            "texts": [counts.texts],
-            "tokens": [counts.tokens],
+            "texts": [run.texts],
+            "tokens": [run.tokens],
+            "seconds": [run.seconds],
             "error": [error],
             "kind": [kind],
         }
@@ -78,7 +80,9 @@ def run(job: Job, workers: int | None = None, threads: int | None = None) -> Sum
                 for row in _results(job, todo, workers, threads or 1):
                     if row["error"]:
                         raise _error(row["kind"], row["error"])
+                    progress.began(row["seconds"])
                     progress.update(row["rows"], row["tokens"])
+                    run.began(row["seconds"])
                     run.add(row["texts"], row["tokens"])
         return job.finish(source, folder, run)
 

@@ -58,8 +58,10 @@ def run(job: Job) -> Summary | None:
             store.set("begun", "work" if todo else "nothing")
             if todo:
                 left = sum(folder.plan[n].rows for n in todo)
+                encoder = job.encoder(folder, _device(job))
+                run.began()
                 with Progress(folder.plan.rows, folder.plan.rows - left, quiet=job.quiet) as shown:
-                    _work(job, store, world, folder, _Counts(store, shown))
+                    _work(job, encoder, store, world, folder, _Counts(store, shown))
                     store.wait(["all done"], LONG)
                 run.add(store.add("texts", 0), store.add("tokens", 0))
             return job.finish(source, folder, run)
@@ -74,15 +76,17 @@ def _follow(job: Job, store: Any, world: int) -> None:
     if begun == "failed":
         raise StoppedError
     if begun == "work":
-        _work(job, store, world, ShardFolder.open(job.output), _Counts(store))
+        folder = ShardFolder.open(job.output)
+        _work(job, job.encoder(folder, _device(job)), store, world, folder, _Counts(store))
 
 
-def _work(job: Job, store: Any, world: int, folder: ShardFolder, counts: "_Counts") -> None:
+def _work(
+    job: Job, encoder: Any, store: Any, world: int, folder: ShardFolder, counts: "_Counts"
+) -> None:
     def claims() -> Iterator[Shard]:
         while (number := store.add("claimed", 1) - 1) < len(folder.plan):
             yield folder.plan[number]
 
-    encoder = job.encoder(folder, _device(job))
     for _ in job.work(encoder, job.source(), folder, claims(), counts.add):
         pass
     counts.send()

@@ -36,6 +36,17 @@ def test_a_file_gets_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
+def test_rates_count_from_the_first_worker_that_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    shown = Progress(1000, stream=io.StringIO())
+    now += 30
+    shown.began(5)
+    shown.update(100, 2000)
+    shown.began(20)  # a later result, of a worker that took longer
+    assert shown.line(now) == "100/1,000 texts, 20 texts/s, 400 tokens/s, 45 s left"
+
+
 def test_an_unknown_total_has_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     stream = io.StringIO()

@@ -18,7 +18,7 @@ from jobs import TEXTS, Killed
 from neobert.inputs import open_source
 from neobert.outputs import OutputError
 from neobert.readers import InputError, ReadOptions, line_starts
-from neobert.sharded import checksum, owned
+from neobert.sharded import checksum, owned, ray
 from neobert.sharded.plan import Plan, make_plan
 
 
@@ -58,6 +58,27 @@ def test_rows_are_in_order_with_their_sources(source: Path, tmp_path: Path) -> N
     assert manifest["input"]["identity"]["input"] == str(source)
     assert (summary.texts, summary.shards, summary.run.texts) == (18, 3, 18)
     assert summary.tokens == manifest["tokens"] == sum(min(len(t.split()), 5) for t in TEXTS)
+
+
+def test_loading_the_model_is_no_part_of_the_rate(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("neobert.sharded.job.time.monotonic", lambda: now)
+
+    def pass_by(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def load(*_: object) -> FakeEncoder:
+        pass_by(100)
+        return FakeEncoder(after_window=lambda done: pass_by(1))
+
+    assert "this run 18 texts in 5.0 s, " in str(runs.run(source, tmp_path / "out", load=load))
+    job = runs.job(source, tmp_path / "ray", load=load)
+    with job.prepared(job.source()):
+        results = ray.Worker(job, None, None)({"shards": ["0 1"]})
+    assert (results["texts"], results["seconds"]) == ([16], [4.0])
 
 
 def test_a_folder_holds_the_rows_of_one_file(source: Path, tmp_path: Path) -> None:
