@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from neobert.readers import InputError, one_line
+
+TIMES = "input times"  # of `neobert.inputs.Source.identity`
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -135,6 +137,20 @@ def _locked(path: Path, wait: bool) -> BinaryIO | None:
     except (ImportError, OSError):
         pass  # Windows, or a file system without locks: the user takes care
     return file
+
+
+def trusting_input(
+    before: Mapping[str, Any], now: Mapping[str, Any], trust: bool
+) -> dict[str, Any]:
+    """What a resumed job has to match; with ``trust`` the input's files may have other times."""
+    times = {key: now[key] for key in (TIMES,) if trust and key in now}
+    return {**before, **times}
+
+
+def other_times(changed: Sequence[str]) -> str:
+    """What a message adds if nothing but the times of the input's files has changed."""
+    only = len(changed) == 1 and changed[0].startswith(TIMES)
+    return "--trust-input goes on if the texts are the same, " if only else ""
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -166,19 +166,20 @@ class Partial:
             raise
         return cls(output, folder, lock, state)
 
-    def require_same(self, job: Mapping[str, Any]) -> None:
-        """Refuse to mix rows of two different jobs.
+    def require_same(self, job: Mapping[str, Any], trust_input: bool = False) -> None:
+        """Refuse to mix rows of two different jobs; ``trust_input`` passes over the files' times.
 
         Raises:
             InputError: The rows on disk were made with other values; the message names them.
         """
         if not self.state.rows:
             return
-        changed = files.differences(self.state.job, job)
+        before = files.trusting_input(self.state.job, job, trust_input)
+        changed = files.differences(before, job)
         if changed:
             raise InputError(
                 f"resume: expected the command that began {self.folder}, got {'; '.join(changed)} "
-                f"(--restart discards its {self.state.rows:,} rows)"
+                f"({files.other_times(changed)}--restart discards its {self.state.rows:,} rows)"
             )
 
     def begin(

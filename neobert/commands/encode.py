@@ -76,6 +76,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--restart", action="store_true", help="discard what an unfinished run has made"
     )
     parser.add_argument(
+        "--trust-input",
+        action="store_true",
+        help="resume although the input's files have other times (as a copy has, or after touch); "
+        "their number and their bytes in all have to be the same",
+    )
+    parser.add_argument(
         "--window",
         type=positive,
         default=WINDOW,
@@ -141,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
             output_dtype=args.output_dtype,
             overwrite=args.overwrite,
             restart=args.restart,
+            trust_input=args.trust_input,
             quiet=args.quiet,
         )
     if not args.quiet:
@@ -165,6 +172,7 @@ def _run_sharded(args: argparse.Namespace) -> int:
         output_dtype=args.output_dtype,
         overwrite=args.overwrite,
         restart=args.restart,
+        trust_input=args.trust_input,
         quiet=args.quiet,
     )
     try:

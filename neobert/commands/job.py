@@ -97,6 +97,7 @@ def encode_file(
     output_dtype: str = "float32",
     overwrite: bool = False,
     restart: bool = False,
+    trust_input: bool = False,
     quiet: bool = False,
 ) -> Summary:
     """Embed every text of ``source`` into ``output`` (from `neobert.outputs.check_output`).
@@ -108,6 +109,7 @@ def encode_file(
         output_dtype: Precision of the embeddings that are written, "float32" or "float16".
         overwrite: Replace an existing output.
         restart: Discard the rows of an earlier, unfinished run.
+        trust_input: Resume although the input's files have other times than before.
         quiet: No progress and no notes on stderr.
 
     Raises:
@@ -120,7 +122,7 @@ def encode_file(
     job["output_dtype"] = output_dtype
     partial = Partial.open(output, restart)
     try:
-        partial.require_same(job)
+        partial.require_same(job, trust_input)
         if partial.state.finished:
             partial.publish()
             note(quiet, f"{output} was already complete")
@@ -131,7 +133,7 @@ def encode_file(
         encoder = load()
         job |= {"encoder dim": encoder.dim, "encoder max_length": encoder.max_length}
         job |= {f"encoder {key}": value for key, value in encoder.fingerprint.items()}
-        partial.require_same(job)
+        partial.require_same(job, trust_input)
         partial.begin(job, encoder.dim, source.options.has_ids, output_dtype)
         _encode(encoder, feed, partial, window, quiet)
         if source.identity() != identity or partial.state.rows != (feed.total or feed.count):

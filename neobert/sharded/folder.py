@@ -166,6 +166,7 @@ def prepared(
     *,
     overwrite: bool = False,
     restart: bool = False,
+    trust_input: bool = False,
     note: Note = print,
 ) -> Iterator[ShardFolder]:
     """Begin a job, or take up an unfinished one; one process at a time, as long as this is open.
@@ -182,7 +183,7 @@ def prepared(
         path.mkdir(exist_ok=True)
         lock = files.lock(path, file_name=LOCK)
     try:
-        folder = _begin(path, dict(job), make_plan, overwrite, restart, note)
+        folder = _begin(path, dict(job), make_plan, overwrite, restart, trust_input, note)
         yield folder
     finally:
         if not any(path.glob("part-*.parquet")):
@@ -229,6 +230,7 @@ def _begin(
     make_plan: Callable[[], Plan],
     overwrite: bool,
     restart: bool,
+    trust_input: bool,
     note: Note,
 ) -> ShardFolder:
     finished = (path / MANIFEST).exists()
@@ -242,7 +244,8 @@ def _begin(
     shards = sum(1 for _ in path.glob("part-*.parquet"))
     record = _read(path / JOB) if shards else None
     if record is not None:
-        _require_same(path, record["job"], job, shards, finished)
+        before = files.trusting_input(record["job"], job, trust_input)
+        _require_same(path, before, job, shards, finished)
         note(f"resuming: {shards:,} shards are in {path}")
         plan = Plan.from_record(record["plan"])
     else:
@@ -265,7 +268,7 @@ def _require_same(
         way = "--overwrite replaces" if finished else "--restart discards"
         raise InputError(
             f"resume: expected the command that began {path}, got {'; '.join(changed)} "
-            f"({way} its {shards:,} shards)"
+            f"({files.other_times(changed)}{way} its {shards:,} shards)"
         )
 
 
@@ -362,7 +365,7 @@ class ShardWriter:
 
 
 def _digest(job: Mapping[str, Any]) -> str:
-    decisive = {key: value for key, value in job.items() if key != "errors"}
+    decisive = {k: v for k, v in job.items() if k not in ("errors", files.TIMES)}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -33,6 +33,7 @@ class Job:
         output_dtype: Precision of the embeddings that are written.
         overwrite: Replace a finished output.
         restart: Discard the shards of an unfinished run.
+        trust_input: Resume although the input's files have other times than before.
         quiet: No progress and no notes on stderr.
     """
 
@@ -46,6 +47,7 @@ class Job:
     output_dtype: str = "float32"
     overwrite: bool = False
     restart: bool = False
+    trust_input: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +78,7 @@ class Job:
             lambda: make_plan(source, self.shard_rows, self.note),
             overwrite=self.overwrite and first,
             restart=self.restart and first,
+            trust_input=self.trust_input,
             note=self.note,
         ) as folder:
             yield folder

@@ -368,6 +368,17 @@ def test_a_changed_input_does_not_resume_but_restarts(source: Path, output: Path
     assert read_description(output)["rows"] == 1
 
 
+def test_an_input_with_other_times_resumes_if_it_is_trusted(source: Path, output: Path) -> None:
+    with pytest.raises(Killed):
+        run_job(source, output, stop_after(8))
+    os.utime(source, ns=(0, 7))
+    with pytest.raises(InputError, match="--trust-input goes on if the texts are the same, --rest"):
+        run_job(source, output)
+    encoder = FakeEncoder(after_window=(done := []).append)
+    assert run_job(source, output, encoder, trust_input=True).texts == len(TEXTS)
+    assert done[-1] == len(TEXTS) - 8
+
+
 def test_a_changed_input_is_seen_at_the_end(source: Path, output: Path) -> None:
     def touch(done: int) -> None:
         os.utime(source, ns=(0, done))

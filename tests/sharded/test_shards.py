@@ -266,6 +266,21 @@ def test_a_changed_input_does_not_resume(half: Path, source: Path) -> None:
     assert runs.run(source, half, restart=True).texts == 19
 
 
+def test_an_input_with_other_times_resumes_if_it_is_trusted(half: Path, source: Path) -> None:
+    kept = (half / "part-000000.parquet").read_bytes()
+    os.utime(source / "a.txt", ns=(0, 7))
+    hint = r"input times was '\w+', now '\w+' \(--trust-input goes on if the texts are the same, "
+    with pytest.raises(InputError, match=hint + "--restart discards its 1 shards"):
+        runs.run(source, half)
+    assert runs.run(source, half, trust_input=True).run.texts == 10
+    assert (half / "part-000000.parquet").read_bytes() == kept
+    np.testing.assert_array_equal(runs.vectors(half), [embed(text) for text in TEXTS])
+    assert runs.run(source, half).run.texts == 0  # the times are now the new ones
+    (source / "a.txt").write_text("more")
+    with pytest.raises(InputError, match=r"input bytes was \d+, now \d+ \(--overwrite"):
+        runs.run(source, half, trust_input=True)
+
+
 def test_invalid_text_stops_a_run_that_goes_on_with_errors_replaced(
     source: Path, tmp_path: Path
 ) -> None:
