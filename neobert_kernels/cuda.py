@@ -183,6 +183,8 @@ def _check_file(path: Path) -> tuple[int, ...]:
     source, sms = about
     if source != _cuda_build.fingerprint():
         raise LoadError(f"refused: {path} was built from other sources; build it again")
+    if not _cuda_build.is_intact(path):
+        raise LoadError(f"refused: {path} is damaged; build it again")
     return sms
 
 

@@ -58,6 +58,7 @@ def compiled(tmp_path: Path, code: str, about: str = GOOD) -> Path:
     path = put(b"")
     command = [str(CXX), "-shared", "-fPIC", "-o", str(path), str(source)]
     subprocess.run(command, check=True, capture_output=True)
+    path.write_bytes(_cuda_build.sealed(path.read_bytes()))
     return path
 
 
@@ -79,9 +80,10 @@ def test_nothing_is_built() -> None:
         (b"\x7fELF" + bytes(100), "is not a whole build of csrc/"),
         (GOOD.encode()[:30], "is not a whole build of csrc/"),
         (GOOD.replace("source=", "source=0").encode(), "was built from other sources"),
-        (GOOD.encode(), "refused: .*(too short|invalid ELF|file)"),
+        (GOOD.encode(), "is damaged; build it again"),
+        (_cuda_build.sealed(GOOD.encode()), "refused: .*(too short|invalid ELF|file)"),
     ],
-    ids=["empty", "a script", "half an ELF file", "half a mark", "other sources", "only a mark"],
+    ids=["empty", "a script", "half an ELF", "half a mark", "other sources", "bare", "only a mark"],
 )
 def test_a_wrong_file_is_refused(
     content: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
@@ -117,6 +119,17 @@ def test_a_library_that_cannot_run_is_refused(tmp_path: Path, code: str, reason:
     assert str(caught.value).startswith("refused")
     assert cuda.chosen() == frozenset()
     assert cuda.status() == str(caught.value)
+
+
+@needs_compiler
+def test_a_damaged_library_is_named_and_not_loaded(tmp_path: Path) -> None:
+    path = compiled(tmp_path, WHOLE)
+    content = bytearray(path.read_bytes())
+    content[3000] ^= 1
+    path.write_bytes(content)
+    assert cuda.status() == f"refused: {path} is damaged; build it again"
+    with pytest.raises(RuntimeError, match=r"is damaged; build it again$"):
+        cuda.use("rope")
 
 
 @needs_compiler
