@@ -3,10 +3,11 @@
 import argparse
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING
 
+from neobert import parent
 from neobert.commands import contrastive
 from neobert.commands.arguments import number, positive, threads, without_errors_option
 from neobert.readers import InputError
@@ -226,26 +227,31 @@ class _Job:
     def work_in_processes(self, task: str) -> None:
         """One process per device, each taking the next point that is free.
 
+        They end with this one, also where that is killed.
+
         Raises:
             InputError: One of them failed; it has said why.
         """
-        commands = [self._command(task, str(device)) for device in self.devices]
-        processes = [Popen(command, stdout=DEVNULL) for command in commands]
-        try:
-            codes = [process.wait() for process in processes]
-        except BaseException:
-            for process in processes:
-                process.terminate()
-            raise
+        with ExitStack() as stack:
+            processes = [
+                stack.enter_context(parent.start(self._arguments(task, str(device))))
+                for device in self.devices
+            ]
+            try:
+                codes = [process.wait() for process in processes]
+            except BaseException:
+                for process in processes:
+                    process.terminate()
+                raise
         failed = [
             str(device) for device, code in zip(self.devices, codes, strict=True) if code != 0
         ]
         if failed:
             raise InputError(f"devices: expected all to finish, got a failure on {failed[0]}")
 
-    def _command(self, task: str, device: str) -> list[str]:
+    def _arguments(self, task: str, device: str) -> list[str]:
         args = self.args
-        command = [sys.executable, "-m", "neobert", "finetune", "glue", "--task", task]
+        command = ["finetune", "glue", "--task", task]
         command += ["--model", args.model, "--name", self.name, "--output", str(self.output)]
         command += ["--devices", device, "--grid", args.grid, "--precision", self.precision]
         command += ["--seeds", *map(str, args.seeds), "--points-only"]

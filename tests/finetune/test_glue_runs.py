@@ -1,5 +1,6 @@
 """The grid: resumed, shared, refused where it is another one; the best model; the command."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -147,41 +148,60 @@ def test_every_device_gets_the_same_command(
     write_task(tmp_path / "data", "RTE")
     commands = []
 
-    class Process:
-        def __init__(self, command: list[str], **_: Any) -> None:
-            commands.append(command)
+    class Process(contextlib.nullcontext[Any]):
+        def __init__(self, arguments: list[str]) -> None:
+            super().__init__(self)
+            commands.append(arguments)
 
         def wait(self) -> int:
-            return cli.main(commands[0][3:])
+            return cli.main(commands[0])
 
-    monkeypatch.setattr("neobert.commands.finetune.Popen", Process)
+    monkeypatch.setattr("neobert.parent.start", Process)
     options = ("--no-patch", "--max-length", "30", "--batch-size", "8", "--quiet")
     assert finetune("RTE", *SEEDS, *options, "--devices", "cpu", "cpu") == 0
     assert commands[0] == commands[1]
-    assert commands[0][:3] == [sys.executable, "-m", "neobert"]
     assert len(results(tmp_path)) == 3  # of the very run that this process began
     assert not list(tmp_path.glob("out/**/*.lock"))
 
 
-def test_two_processes_share_the_points_and_kill_9_loses_no_finished_one(
+def test_devices_share_the_points_and_end_with_a_parent_killed_by_9(
     model_folder: Path, finetune: Finetune, tmp_path: Path
 ) -> None:
     write_task(tmp_path / "data", "RTE", train=100)
     command = [sys.executable, "-m", "neobert", "finetune", "glue", "--task", "RTE"]
     command += ["--model", str(model_folder), "--name", "Tiny", "--grid", "one", "--epochs", "1"]
     command += ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--quiet"]
-    command += ["--seeds", *map(str, range(100))]
+    command += ["--seeds", *map(str, range(400)), "--devices", "cpu", "cpu"]
+    points = tmp_path / "out" / "Tiny" / "RTE" / "points"
     process = subprocess.Popen(command)
-    while len(results(tmp_path)) < 2 and process.poll() is None:
+    while len(held(points)) < 2 and process.poll() is None:
         time.sleep(0.01)
-    assert finetune("RTE", "--quiet", "--seeds", "98", "99") == 0
+    assert finetune("RTE", "--quiet", "--seeds", "398", "399") == 0
+    while len(results(tmp_path)) < 4 and process.poll() is None:
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + 60
+    while held(points):  # by children, which are nobody's now
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     before = results(tmp_path)
-    assert {name[-2:] for name in before} >= {"98", "99"}
-    assert 4 <= len(before) < 100
-    assert finetune("RTE", "--quiet", "--seeds", *map(str, range(4)), "98") == 0
+    assert {name[-3:] for name in before} >= {"398", "399"}
+    assert 4 <= len(before) < 400
+    assert finetune("RTE", "--quiet", "--seeds", *map(str, range(4)), "398") == 0
     assert before.items() <= results(tmp_path).items()
+
+
+def held(points: Path) -> list[Path]:
+    """The locks that some process has."""
+    found = []
+    for path in points.glob("*.lock"):
+        lock = files.try_lock(path)
+        if lock is None:
+            found.append(path)
+        else:
+            lock.close()
+    return found
 
 
 def test_processes_that_finish_together_predict_one_after_the_other(
