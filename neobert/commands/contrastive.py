@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from neobert.commands.arguments import number, positive
+from neobert.commands.arguments import number, positive, seed
 from neobert.readers import InputError, one_line
 
 DESCRIPTION = """\
@@ -55,7 +55,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         metavar="N",
         help="a loss for each of these numbers of leading dimensions, such as 768 512 256",
     )
-    group.add_argument("--seed", type=int, default=Recipe.seed, metavar="N")
+    group.add_argument("--seed", type=seed, default=Recipe.seed, metavar="N")
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")

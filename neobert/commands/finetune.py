@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from neobert import parent
 from neobert.commands import contrastive
-from neobert.commands.arguments import number, positive, threads, without_errors_option
+from neobert.commands.arguments import number, positive, seed, threads, without_errors_option
 from neobert.readers import InputError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weight-decay", type=number, metavar="X", help="this weight decay only")
     group.add_argument("--epochs", type=positive, metavar="N", help="at most (paper: 10)")
     group.add_argument(
-        "--seeds", type=_seed, nargs="+", default=[0], metavar="N", help="(default: 0)"
+        "--seeds", type=seed, nargs="+", default=[0], metavar="N", help="(default: 0)"
     )
 
 
@@ -263,11 +263,3 @@ class _Job:
                 command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
         flags = ("no_patch", "no_transfer", "quiet")
         return command + [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
-
-
-def _seed(text: str) -> int:
-    """An argparse type: a whole number that every generator takes."""
-    value = int(text) if text.isascii() and text.isdigit() else -1
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
-    return value

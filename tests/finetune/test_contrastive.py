@@ -282,6 +282,8 @@ def test_bad_input_is_one_line(
 ) -> None:
     (tmp_path / "say.json").write_text('{"other": "find: "}')
     for arguments, message in (
+        (["--output", str(tmp_path / "say.json")], "output: expected a folder, got the file"),
+        (["--seed", "-3"], "argument --seed: expected a whole number from 0, got '-3'"),
         (["--data", "no/such-set"], "data: expected no/such-set from the hub, got"),
         (["--instructions", str(tmp_path / "say.json")], "expected names of pairs, got 'other'"),
         (["--temperature", "0"], "temperature: expected over 0, got 0.0"),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import texts
 import torch
@@ -23,7 +24,7 @@ from neobert import cli, files
 from neobert.finetuning.glue import predictions, sweep
 from neobert.finetuning.glue.grid import GRIDS, make_grid
 from neobert.finetuning.glue.runs import Run, read_best
-from neobert.finetuning.glue.tasks import MNLI_CLASSES
+from neobert.finetuning.glue.tasks import MNLI_CLASSES, TASKS
 from neobert.finetuning.schedule import Setting
 from neobert.readers import InputError
 
@@ -72,6 +73,26 @@ def test_one_point_trains_predicts_and_leaves_a_model(
     assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "not_entailment"}
     model = AutoModelForSequenceClassification.from_pretrained(here / "best")
     assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
+
+
+def test_logits_that_are_not_finite_have_no_score(
+    finetune: Finetune,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def predict(_: Any, tokens: Any, *__: Any) -> np.ndarray:
+        return np.full((len(tokens), 2), np.nan, np.float32)
+
+    write_task(tmp_path / "data", "RTE")  # half of its dev set is of class 0, as argmax has NaN
+    monkeypatch.setattr(sweep, "predict", predict)
+    assert finetune("RTE") == 0
+    out = capsys.readouterr()
+    assert "RTE: score undefined at every point" in out.out
+    assert "accuracy: a prediction is not finite" in out.err
+    assert not (tmp_path / "out" / "Tiny" / "RTE" / "best").exists()
+    overflow = np.array([[np.inf], [1.0]], np.float32)
+    np.testing.assert_array_equal(sweep.predictions_of(TASKS["STS-B"], overflow), [np.nan, 1.0])
 
 
 @pytest.mark.parametrize("name", ["MNLI", "STS-B", "MRPC", "CoLA"])

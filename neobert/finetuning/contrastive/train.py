@@ -106,6 +106,8 @@ def _check(pairs: Sequence[PairSet], recipe: Recipe, instructions: Mapping[str, 
 
 def _begin(output: Path, identity: Mapping[str, Any], restart: bool) -> None:
     identity = json.loads(json.dumps(identity))
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output: expected a folder, got the file {output}")
     output.mkdir(parents=True, exist_ok=True)
     path = output / "run.json"
     if restart and path.exists():
