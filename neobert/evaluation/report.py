@@ -257,7 +257,8 @@ def write(results: Results, folder: Path) -> list[Path]:
 def draw(results: Results, folder: Path) -> dict[str, Path | None]:
     from neobert import pictures
 
-    values, labels = {}, {}
+    values: dict[str, dict[str, list[float | None]]] = {}
+    labels: dict[str, dict[str, list[str]]] = {}
     for name, by_model in overview(results).items():
         cells = by_model.values()
         values[name] = {"paper": [c.paper for c in cells], "ours": [c.ours for c in cells]}

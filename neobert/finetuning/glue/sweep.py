@@ -165,6 +165,7 @@ def tokens_of(classifier: Classifier, texts: Sequence[Sequence[str]]) -> Tokens:
 
 def predictions_of(task: Task, logits: np.ndarray) -> np.ndarray:
     """Class numbers, or scores within the scale; NaN where a logit is not finite."""
+    found: np.ndarray
     if task.is_regression:
         found = logits[:, 0].clip(LOWEST_SCORE, HIGHEST_SCORE).astype(np.float64)
     else:
