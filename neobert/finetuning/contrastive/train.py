@@ -154,7 +154,7 @@ def _load(folder: Path, recipe: Recipe, device: str | None) -> Any:
     )
     width = encoder.get_embedding_dimension()
     for dim in recipe.matryoshka:
-        if dim > width:
+        if width is not None and dim > width:  # None where its last module does not say
             raise InputError(
                 f"matryoshka: expected at most {width} (the model's dimensions), got {dim}"
             )
