@@ -2,11 +2,10 @@
 
 To count, a model is on PyTorch's "meta" device: every operator runs as a shape function of its own
 schema, without data, and what would have to wait for data raises. For time, shape functions in
-Python are too slow: a narrow model on the CPU runs its small products, and our kernels are stubs
-that start nothing. In both, operators of ours take the kernels' path, as on a GPU.
+Python are too slow: a narrow model on the CPU runs its small products, and our kernels go to a
+driver that starts nothing. In both, operators of ours take the kernels' path, as on a GPU.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,11 +14,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from fake_gpu import fake_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neobert_kernels as nk
-from neobert_kernels import _runtime, patching
-from neobert_kernels.ops import attention
+from neobert_kernels import _check, _runtime, patching
 from neobert_kernels.ops.attention import tiles
 from neobert_kernels.patching import modernbert
 
@@ -93,6 +92,10 @@ def _always(x: torch.Tensor) -> bool:
     return True
 
 
+def _never(x: torch.Tensor) -> bool:
+    return False
+
+
 @contextmanager
 def without_data() -> Iterator[None]:
     """Models on the meta device can be patched, and our operators take the kernels' path there."""
@@ -103,29 +106,16 @@ def without_data() -> Iterator[None]:
         yield
 
 
-class _Stub:
-    """In place of a Triton kernel."""
-
-    def __getitem__(self, grid: Any) -> Any:
-        return _nothing_of
-
-
-def _nothing_of(*args: Any, **options: Any) -> None:
-    """A launch that starts nothing."""
-
-
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """Our operators on CPU tensors do all that they do on a GPU, but the launch."""
-    kernels = {id(k) for op in _runtime.load_operators().values() for k in op.kernels}
+    """Our operators on CPU tensors do all that they do on a GPU, but the launch.
+
+    Kernels are compiled, and Triton is called as always: behind it stands a driver that starts
+    nothing. Checks that read data, as only a CPU's can be, are off.
+    """
     with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if not name.startswith("neobert_kernels.ops"):
-                continue
-            for key, value in list(vars(module).items()):
-                if id(value) in kernels:
-                    stack.enter_context(mock.patch.object(module, key, _Stub()))
-        stack.enter_context(mock.patch.object(attention, "_check_lengths", _nothing))
+        stack.enter_context(fake_gpu(GENERATION)).keep = False
+        stack.enter_context(mock.patch.object(_check, "readable", _never))
         stack.enter_context(mock.patch.object(_runtime, "use_kernel", _always))
         yield
 
