@@ -146,7 +146,8 @@ def differentiable(function: Any, handle: Any, first: bool = False) -> Callable:
     """What a public function calls: ``function.apply``, or less where nobody would see it.
 
     Entering an ``autograd.Function`` and the dispatcher takes longer than all else that a small
-    call does. Plain tensors of which no gradient is recorded go to the launcher itself.
+    call does. Plain tensors of which no gradient is recorded go to the launcher itself, or, where
+    the extension may take them, to the dispatcher, which hands them on without Python.
 
     Args:
         function: An ``autograd.Function`` whose forward calls ``handle`` with its arguments.
@@ -156,13 +157,16 @@ def differentiable(function: Any, handle: Any, first: bool = False) -> Callable:
     launch, extended = _LAUNCHERS[handle]
 
     def call(*args: Any) -> Any:
-        seen = extended and args[0].is_cuda and not _extension().idle()
-        if seen or not _eager.unobserved(args):
+        if not _eager.unobserved(args):
             return function.apply(*args)
-        results = launch(*args)
+        results = (handle if extended and _extension_may_run(args[0]) else launch)(*args)
         return results[0] if first else results
 
     return call
+
+
+def _extension_may_run(x: Tensor) -> bool:
+    return x.is_cuda and not _extension().idle()
 
 
 def _extension_first(name: str, launch: Callable) -> Callable:

@@ -142,3 +142,16 @@ def test_a_build_without_the_signs_watches_every_call(monkeypatch):
     with torch.no_grad():
         probe(torch.arange(3.0), 2.0)
     assert entered == ["function", "launcher"]
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_what_the_extension_may_take_goes_to_the_dispatcher(runs, monkeypatch):
+    def dispatcher(x, factor):
+        entered.append("dispatcher")
+        return x * factor
+
+    monkeypatch.setitem(_runtime._LAUNCHERS, dispatcher, (launch, True))
+    monkeypatch.setattr(_runtime, "_extension_may_run", lambda x: runs)
+    with torch.no_grad():
+        assert _runtime.differentiable(Probe, dispatcher)(torch.ones(1), 3.0).item() == 3
+    assert entered == ["dispatcher" if runs else "launcher"]
