@@ -160,6 +160,8 @@ def promoted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     Under autocast a Linear gives half precision and the residual stream is float32.
     """
+    if x.dtype == y.dtype:
+        return x, y
     dtype = torch.promote_types(x.dtype, y.dtype)
     return x.to(dtype), y.to(dtype)
 
