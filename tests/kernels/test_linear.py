@@ -72,6 +72,13 @@ def test_any_shape(M, N, K, i):
     compare(*make(M, N, K, DTYPES[i], bias=bool(K % 2)))
 
 
+def test_the_bias_is_added_before_the_rounding():
+    """256.5 is no bfloat16: rounded first, nothing would be left."""
+    rows = ([[256.0, 0.5]], [[1.0, 1.0]], [-256.0])
+    y = nk.batch_invariant_linear(*(torch.tensor(v, device=DEVICE).bfloat16() for v in rows))
+    assert y.tolist() == [[0.5]]
+
+
 @runs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("K", [40, 100])
