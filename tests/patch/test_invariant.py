@@ -21,7 +21,7 @@ from neobert_kernels.patching.invariant import INVARIANT
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 ROUNDS = 100 if CUDA else 2
-LENGTHS = (7, 1, 19)  # of the texts that are looked at
+LENGTHS = (6, 1, 12)  # of the texts that are looked at
 # In the interpreter what differs: a pooler, windows, q and k that turn, fewer keys than queries.
 CASES = [("bert", False), ("bert", True), ("modernbert", False), ("neobert", True)]
 CASES += [("eurobert", True)]
@@ -80,7 +80,8 @@ def longest(monkeypatch):
 
 def patched_model(family="bert", kind=None, **options):
     torch.manual_seed(0)
-    encoder, changes = ENCODERS[family], {"num_hidden_layers": 2}
+    # The first layer of ModernBERT has no window.
+    encoder, changes = ENCODERS[family], {"num_hidden_layers": 1 + (family == "modernbert")}
     model = encoder.base(**changes) if kind is None else encoder.head(kind, **changes)
     model = randomized(model).to(DEVICE).eval()
     nk.patch(model, batch_invariant=True, **options)
@@ -105,7 +106,7 @@ def batches(rounds):
     yield own, list(range(len(own)))
     for _ in range(rounds - 1):
         count = int(torch.randint(1, 9 if CUDA else 3, (), generator=generator))
-        others = draw(torch.randint(1, 60 if CUDA else 12, (count,), generator=generator).tolist())
+        others = draw(torch.randint(1, 60 if CUDA else 9, (count,), generator=generator).tolist())
         order = torch.randperm(len(own) + count, generator=generator).tolist()
         yield [(own + others)[i] for i in order], [order.index(i) for i in range(len(own))]
 
@@ -145,7 +146,7 @@ def test_a_text_has_its_bits_in_any_batch_and_in_any_graph(
 
 
 @runs_kernel
-@pytest.mark.parametrize("kind", ["mlm", "sequence", "token"])
+@pytest.mark.parametrize("kind", ["mlm", "sequence", "token"] if CUDA else ["sequence"])
 @torch.no_grad()
 def test_heads_too_run_over_the_whole_batch(kind, together, monkeypatch):
     monkeypatch.setattr(families.Packed, "documents", None)
@@ -199,9 +200,9 @@ def test_a_linear_layer_follows_autocast():
 def test_what_is_not_known_to_keep_rows_apart(monkeypatch):
     model = patched_model()
     assert invariant.why_apart(model) is None
-    intermediate = model.encoder.layer[1].intermediate
+    intermediate = model.encoder.layer[0].intermediate
     hook = intermediate.register_forward_hook(lambda *call: None)
-    assert invariant.why_apart(model) == "a hook on encoder.layer.1.intermediate"
+    assert invariant.why_apart(model) == "a hook on encoder.layer.0.intermediate"
     hook.remove()
     dense = intermediate.dense
     for other, name in [
@@ -211,7 +212,7 @@ def test_what_is_not_known_to_keep_rows_apart(monkeypatch):
     ]:
         intermediate.dense = other
         why = invariant.why_apart(model)
-        assert why == f"encoder.layer.1.intermediate.dense, a {name} of its own"
+        assert why == f"encoder.layer.0.intermediate.dense, a {name} of its own"
     intermediate.dense = dense
     assert invariant.why_apart(model) is None
     monkeypatch.setenv("NEOBERT_ATTENTION", "sdpa_math")
