@@ -27,7 +27,7 @@ TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch,torch==2.13.0)
 OLDEST := triton==3.6.0 transformers==5.10.1 'numpy<2.4'
 
 # The interpreter is slow: of the models' tests those of the forward, for every family.
-INTERPRETED := tests/patch/test_patch.py tests/patch/test_autocast.py
+INTERPRETED := tests/patch/test_patch.py tests/patch/test_autocast.py tests/patch/test_invariant.py
 PIP    := -m pip --disable-pip-version-check install --quiet
 BIN    := $(VENV)/bin
 # $(call pytest,VENV): tests side by side, each on one thread
