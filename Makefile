@@ -32,7 +32,7 @@ INTERPRETED := tests/patch/test_patch.py tests/patch/test_autocast.py
 OLDEST_INTERPRETED := $(addprefix tests/patch/test_patch.py::, \
 	test_padded_batch_equals_the_unpatched_model test_every_gradient_of_a_base_model)
 PROMISES := tests/kernels/test_aot.py::test_every_kernel_keeps_its_promises
-PIP    := -m pip --disable-pip-version-check install --quiet
+PIP    := -m pip --disable-pip-version-check install --quiet --no-compile
 BIN    := $(VENV)/bin
 # $(call pytest,VENV): tests side by side, each on one thread
 pytest  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal
@@ -48,16 +48,19 @@ help:
 $(VENV)/.demo: pyproject.toml
 	@$(call create,$(VENV))
 	$(BIN)/python $(PIP) --editable '.[demo]'
+	@$(call compile,$(VENV))
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml
 	@$(call create,$(VENV))
 	$(BIN)/python $(PIP) --editable '.[demo,dev]'
+	@$(call compile,$(VENV))
 	@touch $@ $(VENV)/.demo
 
 $(COMPAT)/.dev: pyproject.toml
 	@$(call create,$(COMPAT))
 	$(COMPAT)/bin/python $(PIP) $(OLDEST) --editable '.[demo,dev]'
+	@$(call compile,$(COMPAT))
 	@touch $@
 
 define create
@@ -65,6 +68,9 @@ echo "installing into $(1)"
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 $(1)/bin/python $(PIP) '$(TORCH)'
 endef
+
+# What pip would do file by file, on all cores; some packages have templates that are not Python.
+compile = $(1)/bin/python -m compileall -qq -j 0 $(1)/lib || true
 
 venv: $(VENV)/.demo
 install: $(VENV)/.dev
@@ -148,7 +154,7 @@ $(GPU_RUN) -c 'import sys, torch; \
 endef
 
 gpu-wheels: $(if $(NOINSTALL),,$(VENV)/.dev)
-	$(if $(WHEELS),rm -rf $(SITE) && $(GPU_PYTHON) $(PIP) --no-index --no-deps --no-compile --target $(SITE) $(WHEELS)/*.whl)
+	$(if $(WHEELS),rm -rf $(SITE) && $(GPU_PYTHON) $(PIP) --no-index --no-deps --target $(SITE) $(WHEELS)/*.whl)
 
 gpu-test: gpu-wheels
 	$(GPU_RUN) benchmarks/gpu_test.py --output $(or $(OUT),build/gpu) --deadline-s $(DEADLINE)
