@@ -39,7 +39,7 @@ pytest  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist workstea
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install test ready lint format test-cpu ray-test support interpret aot cuda compat demo cpu-smoke \
-	bench bench-quick report gpu-test gpu-bench gpu-tune gpu-compare gpu-wheels clean
+	bench bench-quick smoke report gpu-test gpu-bench gpu-tune gpu-compare gpu-wheels clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -138,6 +138,10 @@ bench-quick: $(VENV)/.dev
 	rm -rf build/quick
 	$(BIN)/python -m pytest benchmarks --benchmark-only --quick --results build/quick
 	$(BIN)/neobert bench --report build/quick
+
+# Side by side: neither keeps all cores busy, and none of their times is kept.
+smoke: $(VENV)/.dev
+	@$(MAKE) -j 2 --output-sync=target demo bench-quick
 
 report: $(VENV)/.dev
 	$(BIN)/python benchmarks/report.py --readme
