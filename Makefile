@@ -102,7 +102,7 @@ support: $(VENV)/.dev
 	$(call pytest,$(VENV)) tests/patch --support-table=docs/support.md
 
 interpret: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(call pytest,$(VENV)) tests/kernels $(INTERPRETED) tests/pretrain/test_convergence.py
+	TRITON_INTERPRET=1 $(call pytest,$(VENV)) tests/pretrain/test_convergence.py tests/kernels $(INTERPRETED)
 
 # The report fails as the test of every kernel does, which would only compile them again.
 aot: $(VENV)/.dev
