@@ -1,7 +1,7 @@
 """The host's share of a patched forward, on any machine: launches, allocations, Python's time.
 
-Kernels are stubs (see `host_budget`), so no number depends on a GPU; on one, a Triton launch adds
-its own host time to each of ours.
+Kernels are compiled and not started (see `host_budget`), so no number depends on a GPU; on one, the
+driver adds its own host time to each launch. The products of the narrow model are part of the time.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def test_host(
         values |= timing.values(form)
     record(
         "host",
-        f"{model}, {case}, {layers} layers, stub kernels",
+        f"{model}, {case}, {layers} layers, no launches",
         ratio=timings["patched"].median_s / timings["frozen"].median_s,
         synchronisations=0,
         **values,

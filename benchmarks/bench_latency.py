@@ -11,7 +11,10 @@ from shapes import FIRST, MODELS, SMALL
 from timing import Timing, summarize
 from ways import Ways
 
-WAYS = {"cuda": ("patched", "sdpa", "frozen", "graphs"), "cpu": ("patched", "sdpa", "frozen")}
+WAYS = {
+    "cuda": ("patched", "sdpa", "frozen", "graphs", "invariant_graphs"),
+    "cpu": ("patched", "sdpa", "frozen"),
+}
 CALLS = {"cuda": 300, "cpu": 40}
 
 

@@ -35,6 +35,7 @@ SUITES = (
     "training",
     "pooling",
     "info_nce",
+    "batch_invariant_linear",
 )
 
 

@@ -75,6 +75,11 @@ class Maker:
         args = (self.normal(T, C), self.normal(V, C, scale=0.02), labels, self.normal(V))
         return Sample(args, leaves=(0, 1, 3))
 
+    def linear(self) -> Sample:
+        T, C, F = sum(LENGTHS[self.size]), WIDTH[self.size], INNER[self.size]
+        args = (self.normal(T, C), self.normal(F, C, scale=0.02), self.normal(F))
+        return Sample(args, leaves=())
+
     def pool(self) -> Sample:
         lengths = LENGTHS[self.size]
         x = self.normal(sum(lengths), WIDTH[self.size])
@@ -107,6 +112,7 @@ CASES: dict[tuple[str, str], Make] = {
     ("silu_mul", ""): lambda m: m.gated(False),
     ("gelu_mul", ""): lambda m: m.gated(False),
     ("info_nce", ""): lambda m: m.info_nce(),
+    ("batch_invariant_linear", ""): lambda m: m.linear(),
     ("mean_pool", ""): lambda m: m.pool(),
     ("first_pool", ""): lambda m: m.pool(),
     ("rope_table", ""): lambda m: m.rope_table(),

@@ -34,6 +34,7 @@ FORMS: dict[str, dict[str, bool]] = {
     "frozen": {"inference": True},
     "batch_invariant": {"inference": True, "batch_invariant": True},
     "graphs": {"inference": True, "cuda_graphs": True},
+    "invariant_graphs": {"inference": True, "batch_invariant": True, "cuda_graphs": True},
 }
 Result = TypeVar("Result")
 Way = Callable[[Tensor, Tensor], Tensor]  # token ids and mask to hidden states, [B, S, C]

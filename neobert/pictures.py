@@ -11,15 +11,16 @@ def bars(
     title: str,
     unit: str,
     groups: Sequence[str],
-    series: Mapping[str, Sequence[float | None]],
+    series: Mapping[str, Sequence[float | str]],
 ) -> Path | None:
-    """Bars side by side in every group; nothing where a value is missing. None without matplotlib.
+    """Bars side by side in every group. None without matplotlib.
 
     Args:
         path: A ``.png`` to write.
         title, unit: Over the picture, along its height.
         groups: Names along its width.
-        series: A value per group under the name of each series.
+        series: Per group a value, or what stands in place of its bar, under the name of each
+            series.
     """
     figure = _figure(2 + 1.2 * len(groups))
     if figure is None:
@@ -27,9 +28,12 @@ def bars(
     axes = figure.subplots()
     width = 0.8 / max(len(series), 1)
     for number, (name, values) in enumerate(series.items()):
-        known = [(i, value) for i, value in enumerate(values) if value is not None]
-        at = [i + (number + 0.5) * width - 0.4 for i, _ in known]
-        axes.bar(at, [value for _, value in known], width, label=name)
+        at = [i + (number + 0.5) * width - 0.4 for i in range(len(groups))]
+        # A bar of no length where there is no value: the legend takes a bar's color.
+        lengths = [0.0 if isinstance(value, str) else value for value in values]
+        drawn = axes.bar(at, lengths, width, color=f"C{number % 10}", label=name)
+        missing = [value if isinstance(value, str) else "" for value in values]
+        axes.bar_label(drawn, missing, padding=2, fontsize="x-small", rotation=90)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     return _write(figure, axes, path, title, "", unit)
@@ -40,7 +44,7 @@ def panels(
     title: str,
     rows: Sequence[str],
     values: Mapping[str, Mapping[str, Sequence[float | None]]],
-    missing: Mapping[str, Sequence[str]],
+    labels: Mapping[str, Mapping[str, Sequence[str]]],
 ) -> Path | None:
     """Panels side by side with a bar per row and series. None without matplotlib.
 
@@ -49,7 +53,7 @@ def panels(
         title: Over the picture.
         rows: Their names, from the top.
         values: By panel and series, a value per row.
-        missing: By panel, what stands in place of the last series' bar.
+        labels: What stands behind each bar, or in its place.
     """
     figure = _figure(2 + 3 * len(values), 1.5 + 0.45 * len(rows))
     if figure is None:
@@ -59,14 +63,10 @@ def panels(
     ):
         height = 0.8 / len(series)
         for number, (label, row_values) in enumerate(series.items()):
-            # A bar of no length where there is no value: the legend takes a bar's color.
             at = [i + (number + 0.5) * height - 0.4 for i in range(len(rows))]
             lengths = [0.0 if value is None else value for value in row_values]
             drawn = axes.barh(at, lengths, height, color=f"C{number}", label=label)
-            shown = ["" if value is None else f"{value:.3g}" for value in row_values]
-            axes.bar_label(drawn, shown, padding=2, fontsize="x-small")
-        for i, text in enumerate(missing[name]):
-            axes.text(0, i + 0.4 - height / 2, f" {text}", va="center", fontsize="x-small")
+            axes.bar_label(drawn, labels[name][label], padding=2, fontsize="x-small")
         axes.set_title(name, fontsize="medium")
         largest = max((v for row in series.values() for v in row if v is not None), default=1.0)
         axes.set_xlim(0, 1.2 * largest)

@@ -213,6 +213,9 @@ SAMPLES: dict[str, Callable[[torch.Generator], Sample]] = {
     "rope": lambda g: Sample((_normal(g, T, H, D), *_tables())),
     "attention": _attention,
     "qkv_attention": _qkv_attention,
+    "batch_invariant_linear": lambda g: Sample(
+        (_normal(g, T, C), _normal(g, V, C), _normal(g, V)), leaves=()
+    ),
     "linear_cross_entropy": lambda g: Sample(
         (_normal(g, T, C), _normal(g, V, C), _labels(g)), leaves=(0, 1)
     ),

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
         layer_norm,
         layer_norm_reference,
     )
+    from neobert_kernels.ops.linear import (
+        batch_invariant_linear,
+        batch_invariant_linear_reference,
+    )
     from neobert_kernels.ops.linear_cross_entropy import (
         linear_cross_entropy,
         linear_cross_entropy_reference,
@@ -64,6 +68,7 @@ _WHERE = {
     "ops.attention": ("attention", "qkv_attention"),
     "ops.info_nce": ("info_nce",),
     "ops.layer_norm": ("add_layer_norm", "layer_norm"),
+    "ops.linear": ("batch_invariant_linear",),
     "ops.linear_cross_entropy": ("linear_cross_entropy", "linear_cross_entropy_with_stats"),
     "ops.pooling": ("first_pool", "mean_pool"),
     "ops.rms_norm": ("add_rms_norm", "rms_norm"),
@@ -88,6 +93,8 @@ __all__ = [
     "add_rms_norm_reference",
     "attention",
     "attention_reference",
+    "batch_invariant_linear",
+    "batch_invariant_linear_reference",
     "first_pool",
     "first_pool_reference",
     "geglu",

@@ -1,7 +1,8 @@
 """Argument checks of the public functions: an error names the argument, the rule and the value.
 
 Checks that would have to read values off a GPU are made on CPU tensors only: no call may cost a
-device synchronisation.
+device synchronisation. What every call of a layer passes, tests all its rules in one expression;
+which of them is broken is found out afterwards.
 """
 
 import itertools
@@ -34,6 +35,28 @@ def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype] = DTYPES) -> 
         raise error(name, f"dtype {rule}", str(value.dtype).removeprefix("torch."))
 
 
+def readable(value: Tensor) -> bool:
+    """Whether values may be looked at: on a CPU, and not by a compiler."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def exactly(
+    name: str, value: Any, size: tuple[int, ...], kind: torch.dtype, where: torch.device
+) -> None:
+    """A tensor of one shape, dtype and device."""
+    if (
+        isinstance(value, Tensor)
+        and value.dtype == kind
+        and value.shape == size
+        and value.device == where
+    ):
+        return
+    tensor(name, value)
+    dtype(name, value, (kind,))
+    shape(name, value, size)
+    device(name, value, where)
+
+
 def shape(name: str, value: Tensor, expected: Sequence[int]) -> None:
     if tuple(value.shape) != tuple(expected):
         raise error(name, f"shape {tuple(expected)}", tuple(value.shape))
@@ -46,6 +69,13 @@ def device(name: str, value: Tensor, expected: torch.device) -> None:
 
 def like(name: str, value: Any, other_name: str, other: Tensor) -> None:
     """``value`` must have the shape, dtype and device of ``other``."""
+    if (
+        isinstance(value, Tensor)
+        and value.shape == other.shape
+        and value.dtype == other.dtype
+        and value.device == other.device
+    ):
+        return
     tensor(name, value)
     for what in ("shape", "dtype", "device"):
         mine, theirs = getattr(value, what), getattr(other, what)
@@ -117,14 +147,28 @@ def _meet(apart: int, dims: Sequence[tuple[int, int]]) -> bool:
 
 def channels(name: str, value: Any, weight_name: str, weight: Any, most: int) -> None:
     """``value [..., C]`` in a supported dtype with a matching ``weight [C]`` on its device."""
-    tensor(name, value, least_ndim=1)
-    dtype(name, value)
-    if not 1 <= value.shape[-1] <= most:
-        raise error(name, f"1 to {most} channels", value.shape[-1])
-    vector(weight_name, weight, value.shape[-1], value.device)
+    rows(name, value)
+    C = value.shape[-1]
+    if not 1 <= C <= most:
+        raise error(name, f"1 to {most} channels", C)
+    vector(weight_name, weight, C, value.device)
+
+
+def rows(name: str, value: Any) -> None:
+    """``[..., C]`` in a supported dtype."""
+    if not (isinstance(value, Tensor) and value.ndim and value.dtype in DTYPES):
+        tensor(name, value, least_ndim=1)
+        dtype(name, value)
 
 
 def vector(name: str, value: Any, size: int, where: torch.device) -> None:
+    if (
+        isinstance(value, Tensor)
+        and value.dtype in DTYPES
+        and value.shape == (size,)
+        and value.device == where
+    ):
+        return
     tensor(name, value)
     dtype(name, value)
     shape(name, value, (size,))
@@ -132,6 +176,8 @@ def vector(name: str, value: Any, size: int, where: torch.device) -> None:
 
 
 def positive(name: str, value: float, *, zero: bool = False) -> None:
+    if type(value) is float and 0.0 < value <= FLOAT32_MAX:
+        return
     number(name, value)
     if not (value >= 0 if zero else value > 0) or value > FLOAT32_MAX:
         rule = "a finite number, at least 0" if zero else "a finite number over 0"
@@ -159,7 +205,7 @@ def label(name: str, value: Any) -> None:
 
 def within(name: str, value: Tensor, size: int, ignored: int | None = None) -> None:
     """Indices into ``size`` things, or ``ignored``; looked at on a CPU only."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(value):
         return
     outside = (value < 0) | (value >= size)
     if ignored is not None:
@@ -176,12 +222,18 @@ def flag(name: str, value: Any) -> None:
 
 def cu_seqlens(value: Any, tokens: int, where: torch.device, name: str = "cu_seqlens") -> None:
     """Document boundaries ``[B + 1]``: int32, from 0 to ``tokens``, never falling."""
-    tensor(name, value, ndim=1)
-    dtype(name, value, (torch.int32,))
-    device(name, value, where)
-    if value.numel() < 1:
+    if not (
+        isinstance(value, Tensor)
+        and value.dtype == torch.int32
+        and value.ndim == 1
+        and value.device == where
+    ):
+        tensor(name, value, ndim=1)
+        dtype(name, value, (torch.int32,))
+        device(name, value, where)
+    if value.shape[0] < 1:
         raise error(name, "at least one element", "none")
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(value):
         return
     bounds = value.tolist()
     if bounds[0] != 0:
@@ -198,7 +250,7 @@ def documents(
 ) -> None:
     """A packed layout under the caller's two names: boundaries, and the longest length."""
     cu_seqlens(bounds, tokens, where, names[0])
-    if bounds.device.type != "cpu" or torch.compiler.is_compiling() or len(bounds) < 2:
+    if len(bounds) < 2 or not readable(bounds):
         return
     least = int(bounds.diff().max())
     if longest < least:

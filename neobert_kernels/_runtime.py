@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neobert_kernels import _check, _triton
+from neobert_kernels import _check, _eager, _triton
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -117,20 +117,56 @@ def register(schema: str, launch: Callable, fake: Callable, extension: bool = Fa
     differentiable: call it from an ``autograd.Function``.
     """
     name = schema.partition("(")[0]
+    on_gpu = _on_its_gpu(launch)
     torch.library.define(f"neobert::{name}", schema.removeprefix(name))
     torch.library.impl(f"neobert::{name}", "cpu", launch)
     if extension:
         # Behind the key "cuda", which the extension takes when it is loaded.
-        behind = _extension_first(name, _on_its_gpu(launch))
+        behind = _extension_first(name, on_gpu)
         torch.library.impl(f"neobert::{name}", "CompositeExplicitAutograd", behind)
         _EXTENDED[name] = (schema.removeprefix(name), launch)
     else:
-        torch.library.impl(f"neobert::{name}", "cuda", _on_its_gpu(launch))
+        torch.library.impl(f"neobert::{name}", "cuda", on_gpu)
     torch.library.register_fake(f"neobert::{name}", fake)
-    return getattr(torch.ops.neobert, name).default
+    handle = getattr(torch.ops.neobert, name).default
+    _LAUNCHERS[handle] = on_gpu, extension
+    return handle
 
 
+_LAUNCHERS: dict[Any, tuple[Callable, bool]] = {}  # by handle; whether the extension may run it
 _EXTENDED: dict[str, tuple[str, Callable]] = {}
+
+
+def launcher(handle: Any) -> Callable:
+    """The Python function behind a handle from `register`, on the GPU of its first tensor."""
+    return _LAUNCHERS[handle][0]
+
+
+def differentiable(function: Any, handle: Any, first: bool = False) -> Callable:
+    """What a public function calls: ``function.apply``, or less where nobody would see it.
+
+    Entering an ``autograd.Function`` and the dispatcher takes longer than all else that a small
+    call does. Plain tensors of which no gradient is recorded go to the launcher itself, or, where
+    the extension may take them, to the dispatcher, which hands them on without Python.
+
+    Args:
+        function: An ``autograd.Function`` whose forward calls ``handle`` with its arguments.
+        handle: From `register`.
+        first: Whether ``function`` returns only the first result of ``handle``.
+    """
+    launch, extended = _LAUNCHERS[handle]
+
+    def call(*args: Any) -> Any:
+        if not _eager.unobserved(args):
+            return function.apply(*args)
+        results = (handle if extended and _extension_may_run(args[0]) else launch)(*args)
+        return results[0] if first else results
+
+    return call
+
+
+def _extension_may_run(x: Tensor) -> bool:
+    return x.is_cuda and not _extension().idle()
 
 
 def _extension_first(name: str, launch: Callable) -> Callable:
@@ -173,9 +209,10 @@ def _on_its_gpu(launch: Callable) -> Callable:
 
     @functools.wraps(launch)
     def call(x: Tensor, *rest: Any) -> Any:
-        if x.get_device() == torch.cuda.current_device():
+        index = x.get_device()  # -1 on a CPU
+        if index < 0 or index == torch.cuda.current_device():
             return launch(x, *rest)
-        with torch.cuda.device(x.get_device()):
+        with torch.cuda.device(index):
             return launch(x, *rest)
 
     return call
@@ -221,6 +258,8 @@ def neighbouring(x: Tensor) -> Tensor:
 
 def as_rows(x: Tensor) -> Tensor:
     """``x`` as ``[rows, C]`` with neighbouring channels; a copy only where no view exists."""
+    if x.ndim == 2:
+        return neighbouring(x)
     return neighbouring(x.reshape(-1, x.shape[-1]))
 
 

@@ -129,6 +129,11 @@ def decided() -> bool:
     return _state.decided
 
 
+def idle() -> bool:
+    """Whether it is settled that the extension runs nothing."""
+    return _state.decided and not _state.chosen
+
+
 def _decide() -> None:
     with _lock:
         if _state.decided:

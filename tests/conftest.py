@@ -18,6 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # parity.py, support.py
 
 pytest_plugins = ["support"]
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreting
+
+    interpreting.quicken()
+
 
 @pytest.fixture(autouse=True)
 def _seed_and_poison() -> Iterator[None]:

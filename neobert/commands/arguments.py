@@ -35,6 +35,14 @@ def number(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    """An argparse type: a whole number that every generator takes."""
+    value = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    return value
+
+
 def threads(text: str) -> int:
     """An argparse type: a number of threads that this machine has cores for."""
     value, cores = positive(text), os.cpu_count() or 1

@@ -1,11 +1,12 @@
 """``neobert finetune contrastive``: a sentence encoder from pairs of texts."""
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
 
-from neobert.commands.arguments import number, positive
+from neobert.commands.arguments import number, positive, seed
 from neobert.readers import InputError, one_line
 
 DESCRIPTION = """\
@@ -39,13 +40,22 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         help="a file: data set's name to its queries' prefix",
     )
     parser.add_argument("--restart", action="store_true", help="discard an earlier run")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     group = parser.add_argument_group("recipe (defaults: the paper's)")
     group.add_argument("--steps", type=positive, default=Recipe.steps, metavar="N")
     group.add_argument("--batch-size", type=positive, default=Recipe.batch_size, metavar="N")
     group.add_argument("--lr", type=number, default=Recipe.lr, metavar="RATE")
     group.add_argument("--temperature", type=number, default=Recipe.temperature, metavar="X")
     group.add_argument("--max-length", type=positive, metavar="TOKENS", help="of a text")
-    group.add_argument("--seed", type=int, default=Recipe.seed, metavar="N")
+    group.add_argument(
+        "--matryoshka",
+        type=positive,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="a loss for each of these numbers of leading dimensions, such as 768 512 256",
+    )
+    group.add_argument("--seed", type=seed, default=Recipe.seed, metavar="N")
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
@@ -68,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from neobert.finetuning.contrastive.data import load_pairs
     from neobert.finetuning.contrastive.recipe import Recipe
     from neobert.finetuning.contrastive.train import train
-    from neobert.loading import model_folder
+    from neobert.loading import model_folder, quiet_loading
 
     device = find_device(args.device)
     instructions = _instructions(args.instructions)
@@ -82,21 +92,26 @@ def run(args: argparse.Namespace) -> int:
         mini_batch_tokens=args.mini_batch_tokens,
         precision=args.precision or ("bfloat16" if device.type == "cuda" else "float32"),
         seed=args.seed,
+        matryoshka=tuple(sorted(set(args.matryoshka), reverse=True)),
     )
-    for each in pairs:
-        print(f"{each.name}: {len(each):,} pairs, {', '.join(each.columns)}", file=sys.stderr)
-    final = train(
-        model_folder(args.model, args.revision),
-        args.model,
-        pairs,
-        recipe,
-        Path(args.output),
-        device=args.device,
-        patched=not args.no_patch,
-        instructions=instructions,
-        restart=args.restart,
-    )
-    print(f"the model is in {final}")
+    if not args.quiet:
+        for each in pairs:
+            print(f"{each.name}: {len(each):,} pairs, {', '.join(each.columns)}", file=sys.stderr)
+    with quiet_loading() if args.quiet else contextlib.nullcontext():
+        final = train(
+            model_folder(args.model, args.revision),
+            args.model,
+            pairs,
+            recipe,
+            Path(args.output),
+            device=args.device,
+            patched=not args.no_patch,
+            instructions=instructions,
+            restart=args.restart,
+            quiet=args.quiet,
+        )
+    if not args.quiet:
+        print(f"the model is in {final}")
     return 0
 
 

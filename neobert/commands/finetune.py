@@ -3,12 +3,13 @@
 import argparse
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING
 
+from neobert import parent
 from neobert.commands import contrastive
-from neobert.commands.arguments import number, positive, threads, without_errors_option
+from neobert.commands.arguments import number, positive, seed, threads, without_errors_option
 from neobert.readers import InputError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weight-decay", type=number, metavar="X", help="this weight decay only")
     group.add_argument("--epochs", type=positive, metavar="N", help="at most (paper: 10)")
     group.add_argument(
-        "--seeds", type=_seed, nargs="+", default=[0], metavar="N", help="(default: 0)"
+        "--seeds", type=seed, nargs="+", default=[0], metavar="N", help="(default: 0)"
     )
 
 
@@ -226,26 +227,31 @@ class _Job:
     def work_in_processes(self, task: str) -> None:
         """One process per device, each taking the next point that is free.
 
+        They end with this one, also where that is killed.
+
         Raises:
             InputError: One of them failed; it has said why.
         """
-        commands = [self._command(task, str(device)) for device in self.devices]
-        processes = [Popen(command, stdout=DEVNULL) for command in commands]
-        try:
-            codes = [process.wait() for process in processes]
-        except BaseException:
-            for process in processes:
-                process.terminate()
-            raise
+        with ExitStack() as stack:
+            processes = [
+                stack.enter_context(parent.start(self._arguments(task, str(device))))
+                for device in self.devices
+            ]
+            try:
+                codes = [process.wait() for process in processes]
+            except BaseException:
+                for process in processes:
+                    process.terminate()
+                raise
         failed = [
             str(device) for device, code in zip(self.devices, codes, strict=True) if code != 0
         ]
         if failed:
             raise InputError(f"devices: expected all to finish, got a failure on {failed[0]}")
 
-    def _command(self, task: str, device: str) -> list[str]:
+    def _arguments(self, task: str, device: str) -> list[str]:
         args = self.args
-        command = [sys.executable, "-m", "neobert", "finetune", "glue", "--task", task]
+        command = ["finetune", "glue", "--task", task]
         command += ["--model", args.model, "--name", self.name, "--output", str(self.output)]
         command += ["--devices", device, "--grid", args.grid, "--precision", self.precision]
         command += ["--seeds", *map(str, args.seeds), "--points-only"]
@@ -257,11 +263,3 @@ class _Job:
                 command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
         flags = ("no_patch", "no_transfer", "quiet")
         return command + [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
-
-
-def _seed(text: str) -> int:
-    """An argparse type: a whole number that every generator takes."""
-    value = int(text) if text.isascii() and text.isdigit() else -1
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
-    return value

@@ -109,12 +109,17 @@ def _tasks(mteb: Any, names: list[str]) -> list[Any]:
             rule = f"a benchmark or tasks of mteb ({', '.join(near) or 'MTEB(eng, v2), ...'})"
             raise InputError(f"benchmark: expected {rule}, got {name!r}")
     found = mteb.get_tasks(tasks=list(dict.fromkeys(names)))
-    # A task's English parts, or all of one that has none.
-    return [task.filter_languages(["eng"]) if _has_english(task) else task for task in found]
+    return [_english(task) for task in found]
 
 
-def _has_english(task: Any) -> bool:
-    return "eng" in task.metadata.languages
+def _english(task: Any) -> Any:
+    """The task with its English parts, else with those that have English in them, else whole."""
+    if "eng" not in task.metadata.languages:
+        return task
+    try:
+        return task.filter_languages(["eng"], exclusive_language_filter=True)
+    except ValueError:  # mteb's for nothing left
+        return task.filter_languages(["eng"])
 
 
 def _settings(args: argparse.Namespace, encoder: "Encoder", version: str) -> dict[str, Any]:

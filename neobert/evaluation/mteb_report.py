@@ -193,12 +193,15 @@ def draw(results: Sequence[Result], path: Path) -> Path | None:
 
     if not results:
         return None
-    series: dict[str, Sequence[float | None]] = {}
+    series: dict[str, Sequence[float | str]] = {}
     for result in results:
         if result.name in PAPER:
             series.setdefault(f"{result.name}, paper", PAPER[result.name])
-        means = [mean(scores) for scores in result.kinds]
+        ours: list[float | str] = []
+        for scores in result.kinds:
+            value = mean(scores)
+            ours.append(shown_mean(scores) if value is None else value)
         if result.asked != (PAPER_BENCHMARK,):
-            means[-1] = None  # over other tasks than the paper's
-        series[f"{result.name}, ours ({result.label})"] = means
+            ours[-1] = "other tasks"  # than those of the paper's average
+        series[f"{result.name}, ours ({result.label})"] = ours
     return pictures.bars(path, "MTEB", "main score, percent", COLUMNS, series)

@@ -25,7 +25,7 @@ NOTE = (
     "and pseudo-perplexities of different texts without a bar. "
     "The tables below have everything, and how it was made."
 )
-NOT_RUN, NOTHING = "not run", ""
+NOT_RUN, NO_DOCUMENTS = "not run", "no documents"
 SHORT, LONG = 512, 4096  # lengths of the overview
 PERPLEXITY_NOTE = (
     "The paper gives a picture, no figures. Numbers of different texts or sets of masked tokens "
@@ -59,6 +59,15 @@ class Cell:
     paper: float | None
     ours: float | None
     text: str
+
+    @property
+    def paper_text(self) -> str:
+        return speed.NOT_GIVEN if self.paper is None else f"{self.paper:.1f}"
+
+    @property
+    def label(self) -> str:
+        """What stands behind our bar in a picture, or in its place."""
+        return self.text.partition("; " if self.ours is None else " (")[0]
 
 
 def collect(roots: Sequence[Path]) -> Results:
@@ -166,7 +175,7 @@ def overview_table(results: Results) -> Table:
         for name, cells in found.items():
             cell = cells[model]
             if name in with_paper:
-                row.append(NOTHING if cell.paper is None else f"{cell.paper:.1f}")
+                row.append(cell.paper_text)
             row.append(cell.text)
         rows.append(row)
     return Table(columns, rows, numbers_from=1)
@@ -179,7 +188,7 @@ def perplexity_table(results: Sequence[pseudo_perplexity.Result]) -> Table:
     rows = []
     for result, by_length in zip(results, groups, strict=True):
         shown = {end: pseudo_perplexity.shown_mean(group) for end, group in by_length.items()}
-        means = [shown.get(end, NOTHING) for end in ends]
+        means = [shown.get(end, NO_DOCUMENTS) for end in ends]
         documents = result.measured
         row = [_name(result), _texts(result), result.masked, f"{len(documents):,}"]
         rows.append([*row, *means, pseudo_perplexity.shown_mean(documents)])
@@ -248,30 +257,24 @@ def write(results: Results, folder: Path) -> list[Path]:
 def draw(results: Results, folder: Path) -> dict[str, Path | None]:
     from neobert import pictures
 
-    panels = {
-        name: {
-            "paper": [cell.paper for cell in cells.values()],
-            "ours": [cell.ours for cell in cells.values()],
+    values: dict[str, dict[str, list[float | None]]] = {}
+    labels: dict[str, dict[str, list[str]]] = {}
+    for name, by_model in overview(results).items():
+        cells = by_model.values()
+        values[name] = {"paper": [c.paper for c in cells], "ours": [c.ours for c in cells]}
+        labels[name] = {
+            "paper": ["" if c.paper is None else c.paper_text for c in cells],
+            "ours": [c.label for c in cells],
         }
-        for name, cells in overview(results).items()
-    }
-    missing = {
-        name: [_short(cell.text) if cell.ours is None else "" for cell in cells.values()]
-        for name, cells in overview(results).items()
-    }
     curves = {_name(result): result for result in results.perplexity}
     if len(curves) < len(results.perplexity):
         curves = {f"{_name(r)}, {_texts(r)}, {r.masked}": r for r in results.perplexity}
     perplexity = folder / "comparison-pseudo-perplexity.png"
     return {
         "overview": pictures.panels(
-            folder / "comparison.png", TITLE, results.models, panels, missing
+            folder / "comparison.png", TITLE, results.models, values, labels
         ),
         "glue": glue_report.draw(results.glue, folder / "comparison-glue.png"),
         "mteb": mteb_report.draw(results.mteb, folder / "comparison-mteb.png"),
         "pseudo-perplexity": pseudo_perplexity.draw(curves, perplexity) if curves else None,
     }
-
-
-def _short(text: str) -> str:
-    return text.partition(";")[0]

@@ -38,7 +38,7 @@ NAMES = {
 LONGEST = {"NomicBERT-2048": 2048} | dict.fromkeys(
     ("BERT-base", "BERT-large", "RoBERTa-base", "RoBERTa-large"), 512
 )
-NOT_MEASURED, NOT_GIVEN = "not measured", ""
+NOT_MEASURED, NOT_GIVEN, TOO_LONG = "not measured", "not given", "too long"
 NOTE = (
     "Thousand real tokens per second, from token ids to hidden states. The paper's are of one "
     "A100, at the batch that suited best, precision not stated; ours are of the machine in the "
@@ -148,16 +148,16 @@ def table(speeds: Sequence[Speed]) -> Table:
 
 
 def missing(name: str, length: int) -> str:
-    """What stands for a model that was not measured: nothing where it takes no such length."""
-    return NOT_MEASURED if length <= LONGEST.get(name, length) else NOT_GIVEN
+    """What stands for a model that was not measured, or that takes no such length."""
+    return NOT_MEASURED if length <= LONGEST.get(name, length) else TOO_LONG
 
 
 def shown(tokens_per_s: float | None) -> str:
-    """In thousands, three digits; empty for None."""
+    """In thousands, three digits, zeros too; empty for None."""
     if tokens_per_s is None:
         return ""
     value = tokens_per_s / 1000
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def origins(speeds: Sequence[Speed]) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from neobert_kernels import _runtime
+from neobert_kernels._launch import MOST_PREPARED, Prepared
 from neobert_kernels._triton import tl, triton
 
 MAX_CHANNELS = 16384  # a program keeps whole rows in registers
@@ -317,13 +318,20 @@ def forward(
     rows = x.shape[0]
     if rows:
         plan = forward_plan(C, x.element_size())
-        forward_kernel[(triton.cdiv(rows, plan.tile.rows),)](
+        _prepared_forward(plan, C, centered)(
+            (-(-rows // plan.tile.rows), 1, 1),
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), y, h,
-            rows, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-            **plan.tile.constexprs(C), CENTERED=centered,
-            num_warps=plan.tile.warps, maxnreg=plan.registers, **_runtime.FP_FUSION,
+            rows, x.stride(0), 0 if residual is None else residual.stride(0), float(eps),
         )  # fmt: skip
     return y, y if h is None else h
+
+
+@functools.lru_cache(MOST_PREPARED)
+def _prepared_forward(plan: Plan, C: int, centered: bool) -> Prepared:
+    return Prepared(
+        forward_kernel, plan.tile.constexprs(C) | {"CENTERED": centered},
+        num_warps=plan.tile.warps, maxnreg=plan.registers, **_runtime.FP_FUSION,
+    )  # fmt: skip
 
 
 def backward(
@@ -345,16 +353,28 @@ def backward(
     resident = _runtime.resident_programs(x, plan.programs_per_sm)
     programs = min(triton.cdiv(rows, plan.tile.rows), resident)
     partial = x.new_empty((programs, kinds, C), dtype=torch.float32)
-    backward_kernel[(programs,)](
-        dy, dh, x, weight.contiguous(), dx, partial, rows, dy.stride(0),
-        0 if dh is None else dh.stride(0), x.stride(0), eps, **plan.tile.constexprs(C),
-        STAGES=plan.stages, CENTERED=centered, HAS_BIAS=bias is not None,
-        num_warps=plan.tile.warps, maxnreg=plan.registers, **_runtime.FP_FUSION,
+    _prepared_backward(plan, C, centered, bias is not None)(
+        (programs, 1, 1), dy, dh, x, weight.contiguous(), dx, partial, rows, dy.stride(0),
+        0 if dh is None else dh.stride(0), x.stride(0), float(eps),
     )  # fmt: skip
-    total_kernel[(triton.cdiv(C, TOTAL_TILE["COLUMNS"]), kinds)](
-        partial, dweight, dbias, programs, C=C, **TOTAL_TILE, num_warps=4, **_runtime.FP_FUSION
+    _prepared_total(C, **TOTAL_TILE)(
+        (-(-C // TOTAL_TILE["COLUMNS"]), kinds, 1), partial, dweight, dbias, programs
     )
     return dx, dweight, dbias
+
+
+@functools.lru_cache(MOST_PREPARED)
+def _prepared_backward(plan: Plan, C: int, centered: bool, with_bias: bool) -> Prepared:
+    flags = {"STAGES": plan.stages, "CENTERED": centered, "HAS_BIAS": with_bias}
+    return Prepared(
+        backward_kernel, plan.tile.constexprs(C) | flags,
+        num_warps=plan.tile.warps, maxnreg=plan.registers, **_runtime.FP_FUSION,
+    )  # fmt: skip
+
+
+@functools.lru_cache(MOST_PREPARED)
+def _prepared_total(C: int, **tile: int) -> Prepared:
+    return Prepared(total_kernel, {"C": C, **tile}, num_warps=4, **_runtime.FP_FUSION)
 
 
 WIDTHS = (256, 384, 760, 768, 1024, 1152, 1792, 2304, 4096)

@@ -134,6 +134,10 @@ def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float)
     _check.positive("eps", eps, zero=True)
 
 
+_apply = _runtime.differentiable(_LayerNorm, _forward)
+_apply_add = _runtime.differentiable(_AddLayerNorm, _add_forward)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Shift each row of ``x`` to zero mean, scale it to unit variance, then apply weight and bias.
 
@@ -151,7 +155,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     _check_arguments(x, weight, bias, eps)
     if not _runtime.use_kernel(x):
         return layer_norm_reference(x, weight, bias, eps)
-    return _LayerNorm.apply(x, weight, bias, eps)
+    return _apply(x, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -174,7 +178,7 @@ def add_layer_norm(
     _check.like("residual", residual, "x", x)
     if not _runtime.use_kernel(x):
         return add_layer_norm_reference(x, residual, weight, bias, eps)
-    return _AddLayerNorm.apply(x, residual, weight, bias, eps)
+    return _apply_add(x, residual, weight, bias, eps)
 
 
 _runtime.operator(

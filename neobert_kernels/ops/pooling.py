@@ -358,6 +358,9 @@ class _Pool(torch.autograd.Function):
         return _backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
+_apply = _runtime.differentiable(_Pool, _forward, first=True)
+
+
 def _check_arguments(x: Tensor, cu_seqlens: Tensor, normalize: Any) -> None:
     _check.tensor("x", x, ndim=2)
     _check.dtype("x", x)
@@ -383,7 +386,7 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, normalize: bool = False) -> Tensor:
     _check_arguments(x, cu_seqlens, normalize)
     if not _runtime.use_kernel(x):
         return mean_pool_reference(x, cu_seqlens, normalize)
-    return _Pool.apply(x, cu_seqlens, True, normalize)
+    return _apply(x, cu_seqlens, True, normalize)
 
 
 def first_pool(x: Tensor, cu_seqlens: Tensor, normalize: bool = False) -> Tensor:
@@ -394,7 +397,7 @@ def first_pool(x: Tensor, cu_seqlens: Tensor, normalize: bool = False) -> Tensor
     _check_arguments(x, cu_seqlens, normalize)
     if not _runtime.use_kernel(x):
         return first_pool_reference(x, cu_seqlens, normalize)
-    return _Pool.apply(x, cu_seqlens, False, normalize)
+    return _apply(x, cu_seqlens, False, normalize)
 
 
 def _launches(mean: bool) -> Iterator[_runtime.Launch]:

@@ -117,6 +117,10 @@ class _AddRMSNorm(torch.autograd.Function):
         return dx, dx, dweight, None
 
 
+_apply = _runtime.differentiable(_RMSNorm, _forward)
+_apply_add = _runtime.differentiable(_AddRMSNorm, _add_forward)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """Scale each row of ``x`` to unit root mean square, then multiply by ``weight``.
 
@@ -135,7 +139,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     _check.positive("eps", eps, zero=True)
     if not _runtime.use_kernel(x):
         return rms_norm_reference(x, weight, eps)
-    return _RMSNorm.apply(x, weight, eps)
+    return _apply(x, weight, eps)
 
 
 def add_rms_norm(
@@ -160,7 +164,7 @@ def add_rms_norm(
     _check.positive("eps", eps, zero=True)
     if not _runtime.use_kernel(x):
         return add_rms_norm_reference(x, residual, weight, eps)
-    return _AddRMSNorm.apply(x, residual, weight, eps)
+    return _apply_add(x, residual, weight, eps)
 
 
 _runtime.operator(

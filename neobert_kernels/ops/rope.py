@@ -10,6 +10,7 @@ Source: Su et al. 2021, arXiv:2104.09864, section 3.4.2; polynomials of sine and
 Cephes mathematical library, single precision.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from neobert_kernels import _check, _runtime
+from neobert_kernels._launch import MOST_PREPARED, Prepared
 from neobert_kernels._triton import tl, triton
 
 
@@ -51,10 +53,7 @@ def check_table(cos: Tensor, sin: Tensor, tokens: int, dim: int, where: torch.de
     if dim < 2 or dim % 2:
         raise _check.error("x", "an even head size, at least 2", dim)
     for name, table in (("cos", cos), ("sin", sin)):
-        _check.tensor(name, table)
-        _check.dtype(name, table, (torch.float32,))
-        _check.shape(name, table, (tokens, dim // 2))
-        _check.device(name, table, where)
+        _check.exactly(name, table, (tokens, dim // 2), torch.float32, where)
         if table.requires_grad and torch.is_grad_enabled():
             raise _check.error(name, "a table without gradient", "one that requires it")
 
@@ -253,6 +252,7 @@ class Choice:
     warps: int = 4  # unmeasured
 
 
+@functools.cache
 def choice(D: int, itemsize: int) -> Choice:
     """Every lane of 4 warps has one 16-byte vector of pairs' first members a head. Unmeasured."""
     half = triton.next_power_of_2(D // 2)
@@ -273,14 +273,25 @@ def _run(
     if not T:
         return
     tile = choice(D, x.element_size())
-    groups = sum(triton.cdiv(a.shape[1], tile.heads) for a, _ in pairs)
-    _rope_kernel[(triton.cdiv(T, tile.tokens), groups)](
+    groups = sum(-(-a.shape[1] // tile.heads) for a, _ in pairs)
+    _prepared(tile, D, interleaved, out_interleaved, inverse, len(pairs) > 1)(
+        (-(-T // tile.tokens), groups, 1),
         x, y, other, other_y, cos.contiguous(), sin.contiguous(), T, H, other.shape[1],
         x.stride(0), x.stride(1), y.stride(0), y.stride(1), other.stride(0), other.stride(1),
-        other_y.stride(0), other_y.stride(1), D=D, HALF=tile.half, TOKENS=tile.tokens,
-        HEADS=tile.heads, INTERLEAVED=interleaved, OUT_INTERLEAVED=out_interleaved,
-        INVERSE=inverse, HAS_OTHER=len(pairs) > 1, num_warps=tile.warps, **_runtime.FP_FUSION,
+        other_y.stride(0), other_y.stride(1),
     )  # fmt: skip
+
+
+@functools.lru_cache(MOST_PREPARED)
+def _prepared(
+    tile: Choice, D: int, interleaved: bool, out_interleaved: bool, inverse: bool, both: bool
+) -> Prepared:
+    constexprs = {
+        "D": D, "HALF": tile.half, "TOKENS": tile.tokens, "HEADS": tile.heads,
+        "INTERLEAVED": interleaved, "OUT_INTERLEAVED": out_interleaved, "INVERSE": inverse,
+        "HAS_OTHER": both,
+    }  # fmt: skip
+    return Prepared(_rope_kernel, constexprs, num_warps=tile.warps, **_runtime.FP_FUSION)
 
 
 def turn(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from neobert_kernels import _check, _runtime
+from neobert_kernels._launch import MOST_PREPARED, Prepared
 from neobert_kernels._triton import tl, triton
 
 
@@ -142,26 +143,31 @@ def choice(F: int, itemsize: int) -> Choice:
 
 
 def _launch(
-    kernel: Any, gelu: bool, F: int, tensors: tuple[Tensor, ...], strides: tuple[int, ...]
+    backward: bool, gelu: bool, F: int, tensors: tuple[Tensor, ...], strides: tuple[int, ...]
 ) -> None:
-    """Run ``kernel`` over the rows of its first tensor; both tuples are its arguments."""
+    """Run a kernel over the rows of its first tensor; both tuples are its arguments."""
     tile = choice(F, tensors[0].element_size())
     rows = tensors[0].shape[0]
     if rows:
-        kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(F, tile.columns),)](
-            *tensors, rows, *strides, **tile.constexprs(F, gelu), num_warps=tile.warps,
-            **_runtime.FP_FUSION,
-        )  # fmt: skip
+        programs = -(-rows // tile.rows) * -(-F // tile.columns)
+        _prepared(backward, tile, F, gelu)((programs, 1, 1), *tensors, rows, *strides)
+
+
+@functools.lru_cache(MOST_PREPARED)
+def _prepared(backward: bool, tile: Choice, F: int, gelu: bool) -> Prepared:
+    kernel = _backward_kernel if backward else _forward_kernel
+    return Prepared(kernel, tile.constexprs(F, gelu), num_warps=tile.warps, **_runtime.FP_FUSION)
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where both halves start, and how far their rows are apart: the first one as all of ``x``."""
     F = x.shape[-1] // 2
-    return x.narrow(-1, 0, F), x.narrow(-1, F, F)
+    return x, x.narrow(-1, F, F)
 
 
 def _run_forward(g: Tensor, b: Tensor, y: Tensor, gelu: bool) -> Tensor:
     """Fill ``y`` from rows ``g`` and ``b``."""
-    _launch(_forward_kernel, gelu, y.shape[-1], (g, b, y), (g.stride(0), b.stride(0)))
+    _launch(False, gelu, y.shape[-1], (g, b, y), (g.stride(0), b.stride(0)))
     return y
 
 
@@ -171,7 +177,7 @@ def _run_backward(
     """Fill ``dg`` and ``db``, both with rows ``d_stride`` apart."""
     dy = _runtime.as_rows(dy)
     strides = (dy.stride(0), g.stride(0), b.stride(0), d_stride)
-    _launch(_backward_kernel, gelu, dy.shape[-1], (dy, g, b, dg, db), strides)
+    _launch(True, gelu, dy.shape[-1], (dy, g, b, dg, db), strides)
 
 
 def _launch_forward(x: Tensor, gelu: bool) -> Tensor:
@@ -267,16 +273,19 @@ class _GatedPair(torch.autograd.Function):
         return *_pair_backward(dy, *ctx.saved_tensors, ctx.gelu), None
 
 
+_apply = _runtime.differentiable(_GatedUnit, _forward)
+_apply_pair = _runtime.differentiable(_GatedPair, _pair_forward)
+
+
 def _check_arguments(x: Tensor) -> None:
-    _check.tensor("x", x, least_ndim=1)
-    _check.dtype("x", x)
-    if x.shape[-1] == 0 or x.shape[-1] % 2:
-        raise _check.error("x", "an even number of channels (gate, then value)", x.shape[-1])
+    _check.rows("x", x)
+    F2 = x.shape[-1]
+    if F2 == 0 or F2 % 2:
+        raise _check.error("x", "an even number of channels (gate, then value)", F2)
 
 
 def _check_pair(gate: Tensor, up: Tensor) -> None:
-    _check.tensor("gate", gate, least_ndim=1)
-    _check.dtype("gate", gate)
+    _check.rows("gate", gate)
     if gate.shape[-1] == 0:
         raise _check.error("gate", "at least one channel", 0)
     _check.like("up", up, "gate", gate)
@@ -298,7 +307,7 @@ def swiglu(x: Tensor) -> Tensor:
     _check_arguments(x)
     if not _runtime.use_kernel(x):
         return swiglu_reference(x)
-    return _GatedUnit.apply(x, False)
+    return _apply(x, False)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -317,7 +326,7 @@ def geglu(x: Tensor) -> Tensor:
     _check_arguments(x)
     if not _runtime.use_kernel(x):
         return geglu_reference(x)
-    return _GatedUnit.apply(x, True)
+    return _apply(x, True)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -337,7 +346,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     _check_pair(gate, up)
     if not _runtime.use_kernel(gate):
         return silu_mul_reference(gate, up)
-    return _GatedPair.apply(gate, up, False)
+    return _apply_pair(gate, up, False)
 
 
 def silu_mul_over(gate: Tensor, up: Tensor) -> Tensor:
@@ -360,7 +369,7 @@ def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     _check_pair(gate, up)
     if not _runtime.use_kernel(gate):
         return gelu_mul_reference(gate, up)
-    return _GatedPair.apply(gate, up, True)
+    return _apply_pair(gate, up, True)
 
 
 WIDTHS = (1152, 2048, 3072)

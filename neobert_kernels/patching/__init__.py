@@ -23,10 +23,13 @@ from neobert_kernels.patching.family import (
     Options,
     base_forward,
     frozen_layer_forward,
+    new_graphs,
+    replacement,
     replacement_on,
 )
 from neobert_kernels.patching.frozen import PREPARED, ROWS, Frozen, freeze
-from neobert_kernels.patching.graphs import GRAPHS, Graphs
+from neobert_kernels.patching.graphs import GRAPHS
+from neobert_kernels.patching.invariant import INVARIANT, linear_forward, linears
 
 _MODELS = "transformers.models"
 # Class of the base model: the module whose ``FAMILY`` describes it.
@@ -41,6 +44,10 @@ ADAPTERS = {
 }
 # The same for classes that transformers loaded from a model's repository, by their name alone.
 REMOTE_ADAPTERS = {"NeoBERT": "neobert_remote"}
+
+
+LINEAR_FORWARD = replacement(linear_forward)
+LINEAR_WHAT = "a row has its bits in any batch, where kernels run"
 
 
 class Entry(NamedTuple):
@@ -128,10 +135,12 @@ def patch(
         inference: Prepare the layers' weights once, for forwards without gradients (see
             docs/patching.md). The weights stay as they are, so memory holds second copies of those
             that were prepared; a forward after one of them changed raises.
-        batch_invariant: Give a text the same bits whatever else is in its batch: every document
-            runs by itself (see docs/patching.md for what that costs).
+        batch_invariant: Give a text the same bits whatever else is in its batch: on a GPU without
+            gradients by products with fixed tiles, elsewhere by running every document by itself
+            (see docs/patching.md for what that costs).
         cuda_graphs: Record a forward once for each size of batch, then replay it, on a GPU and
-            without gradients (see docs/patching.md).
+            without gradients (see docs/patching.md). Beside ``batch_invariant`` a replay has the
+            bits of the forward without a graph.
 
     Returns:
         What was replaced, what was left, and which implementation each operator uses.
@@ -190,6 +199,8 @@ def _patch(model: nn.Module, options: Options, rows: int = ROWS, keep: bool = Tr
             f"an encoder of a supported family ({', '.join(supported_families())})",
             f"{type(model).__name__}; the unpatched model still works",
         )
+    if options.batch_invariant:
+        replacements += _products(replacements)
     for each in replacements:
         _check_plain_forward(each)
     for each in replacements:
@@ -199,9 +210,10 @@ def _patch(model: nn.Module, options: Options, rows: int = ROWS, keep: bool = Tr
     _runtime.load_operators()
     for _, base, family in found:
         if options.cuda_graphs:
-            base.__dict__[GRAPHS] = Graphs(base, family.windows(base))
+            base.__dict__[GRAPHS] = new_graphs(base, family)
         if inference:
-            freeze(base, family.layers(base), family.view, rows, keep)
+            layers = family.layers(base)
+            freeze(base, layers, family.view, rows, keep, options.batch_invariant)
     return PatchReport(
         families=families,
         replaced=[Entry(r.name, type(r.module).__name__, r.what) for r in replacements],
@@ -236,7 +248,7 @@ def unpatch(model: nn.Module) -> None:
         if getattr(module.__dict__.get(PREPARED), "released", False):
             raise _check.error("model", "one that kept its weights", "one frozen for good")
     for module in patched_modules:
-        for name in (PREPARED, GRAPHS):
+        for name in (PREPARED, GRAPHS, INVARIANT):
             module.__dict__.pop(name, None)
         if module.__dict__["forward"].__func__ is replacement_on(module):
             del module.forward
@@ -267,9 +279,6 @@ def checked_options(**values: bool | None) -> Options:
     if options.labelled_rows_only and options.mlm_logits:
         rule = "False where mlm_logits are wanted at every token"
         raise _check.error("labelled_rows_only", rule, True)
-    if options.cuda_graphs and options.batch_invariant:
-        rule = "False beside batch_invariant (which runs document by document)"
-        raise _check.error("cuda_graphs", rule, True)
     return options
 
 
@@ -319,6 +328,16 @@ def _heads_over(model: nn.Module, base: nn.Module, family: Family) -> Iterator[R
                     family.check_head(module)
                 yield Replacement(name, module, maker(cls), "reads packed output")
                 break
+
+
+def _products(replacements: list[Replacement]) -> list[Replacement]:
+    """Linear layers of the encoders and heads among ``replacements``."""
+    found = {}
+    for each in replacements:
+        prefix = f"{each.name}." if each.name else ""
+        for name, linear in linears(each.module):
+            found[id(linear)] = Replacement(prefix + name, linear, LINEAR_FORWARD, LINEAR_WHAT)
+    return list(found.values())
 
 
 def _left(model: nn.Module, replaced: set[str]) -> Iterator[Entry]:

@@ -50,6 +50,10 @@ class Batch:
     def with_positions(self, positions: Tensor) -> "Batch":
         return replace(self, positions=positions)
 
+    def with_longest(self, max_seqlen: int) -> "Batch":
+        """``max_seqlen`` may be more than the longest document has."""
+        return replace(self, max_seqlen=max_seqlen)
+
 
 def read_batch(
     tokens: Tensor,

@@ -102,6 +102,17 @@ def has_hooks(module: Any) -> bool:
     return any(not hook.__module__.startswith("transformers.") for hook in hooks)
 
 
+# An attribute of the functions that `patch` puts on modules.
+MARK = "_neobert_kernels"
+
+
+def own_forward(module: Any) -> bool:
+    """Whether somebody but `patch` gave it a forward that is not its class's."""
+    forward = module.__dict__.get("forward")
+    plain = getattr(forward, "__func__", forward)
+    return plain not in (None, type(module).forward) and not hasattr(plain, MARK)
+
+
 def is_watched(module: Any) -> bool:
     """Whether it may be more than what its library made: then it has to be called, as it is."""
     library = type(module).__module__.startswith(("transformers.", "torch.nn."))
@@ -160,6 +171,8 @@ def promoted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     Under autocast a Linear gives half precision and the residual stream is float32.
     """
+    if x.dtype == y.dtype:
+        return x, y
     dtype = torch.promote_types(x.dtype, y.dtype)
     return x.to(dtype), y.to(dtype)
 

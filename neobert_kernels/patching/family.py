@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from neobert_kernels import _check
-from neobert_kernels.patching import graphs
+from neobert_kernels.patching import graphs, invariant
 from neobert_kernels.patching.batch import Batch, read_batch, refuse_ignored, setting
-from neobert_kernels.patching.blocks import View
+from neobert_kernels.patching.blocks import MARK, View
 from neobert_kernels.patching.frozen import PREPARED, Preparer, freeze, refuse_other_use
 
 # The attribute of a patched module that holds its options; `unpatch` deletes it.
@@ -106,9 +106,6 @@ class Family:
     positions: Callable[[Any, Tensor, Batch], Tensor] | None = None
     heads: Mapping[str, Callable[[type], Callable]] = field(default_factory=dict)
     check_head: Callable[[Any], None] | None = None
-
-
-MARK = "_neobert_kernels"
 
 
 def replacement(fn: Callable) -> Callable:
@@ -233,7 +230,12 @@ def encode(base: Any, family: Family, inputs: dict[str, Any], head: HeadCall | N
         refuse_other_use(base, embeds)
         if not torch.compiler.is_compiling():
             if base.__dict__[PREPARED] is None:  # a copy
-                freeze(base, family.layers(base), family.view)
+                freeze(
+                    base,
+                    family.layers(base),
+                    family.view,
+                    invariant=getattr(base, OPTIONS).batch_invariant,
+                )
             base.__dict__[PREPARED].check(base)
     keep = setting(inputs, "output_hidden_states", base.config)
     if setting(inputs, "output_attentions", base.config):
@@ -252,8 +254,16 @@ def encode(base: Any, family: Family, inputs: dict[str, Any], head: HeadCall | N
     }
     own = batch.pack(tokens)
     options = getattr(base, OPTIONS)
-    run = _run_each if options.batch_invariant else _run
+    run = _run
+    if options.batch_invariant:
+        if invariant.together(base, own):
+            batch = batch.with_longest(longest_document(base, family))
+        else:
+            run = _run_each
     if options.cuda_graphs and graphs.takes(_graphs(base, family), base, own, keep):
+        if run is _run_each:
+            rule = "layers that keep a row's bits with cuda_graphs=True beside batch_invariant"
+            raise _check.error("model", rule, invariant.why_apart(base) or own.device)
         run = _replay
     rows = None if head is None or head.rows is None else head.rows(batch)
     # Hidden states are wanted at every token, and so are documents that run by themselves.
@@ -311,10 +321,21 @@ def _run_each(
     )
 
 
+def longest_document(base: Any, family: Family) -> int:
+    """One length that stands for the longest document of every batch: attention launches alike."""
+    return family.longest(base) or graphs.LONGEST
+
+
+def new_graphs(base: Any, family: Family) -> graphs.Graphs:
+    if getattr(base, OPTIONS).batch_invariant:
+        return graphs.Graphs(base, [longest_document(base, family)])
+    return graphs.Graphs(base, graphs.edges(family.windows(base)))
+
+
 def _graphs(base: Any, family: Family) -> graphs.Graphs:
     own = base.__dict__[graphs.GRAPHS]
     if own is None:  # a copy
-        own = base.__dict__[graphs.GRAPHS] = graphs.Graphs(base, family.windows(base))
+        own = base.__dict__[graphs.GRAPHS] = new_graphs(base, family)
     return own
 
 

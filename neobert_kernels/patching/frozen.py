@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neobert_kernels import _check
-from neobert_kernels.patching.blocks import View, is_watched
+import neobert_kernels as nk
+from neobert_kernels import _check, _runtime
+from neobert_kernels.patching.blocks import View, has_hooks, is_watched, own_forward
 
 # Attribute of a frozen base model (its `Frozen`) and of its layers (their `View`).
 PREPARED = "_neobert_kernels_prepared"
@@ -49,6 +50,7 @@ class Product:
             None keeps their order.
         gelu: Whether the exact (erf) GELU follows.
         rows: Tokens that a call usually brings.
+        fixed: Whether a row has the same bits in every batch.
 
     Attributes:
         nbytes: Memory that the product holds beside the layers' own weights.
@@ -60,8 +62,10 @@ class Product:
         order: Tensor | None = None,
         gelu: bool = False,
         rows: int = ROWS,
+        fixed: bool = False,
     ) -> None:
         self.linears, self.order, self.gelu, self.rows = tuple(linears), order, gelu, rows
+        self.multiply = nk.batch_invariant_linear if fixed else F.linear
         self.sources = [
             (linear, name, p, p._version, p.data_ptr())
             for linear in self.linears
@@ -77,7 +81,8 @@ class Product:
                     for linear, w in ((each, each.weight.detach()) for each in self.linears)
                 ]
             )
-        self.packed = weight.is_cpu and weight.dtype == torch.float32 and onednn_available()
+        packs = weight.is_cpu and weight.dtype == torch.float32 and onednn_available()
+        self.packed = packs and not fixed
         self.nbytes = sum(x.nbytes for x in (weight, self.bias) if x is not None)
         self.weight = (
             torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight
@@ -90,7 +95,7 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.packed:
-            y = F.linear(x, self.weight, self.bias)
+            y = self.multiply(x, self.weight, self.bias)
             return F.gelu(y) if self.gelu else y
         # "none" asks for erf; the other GELU is "tanh".
         after, kind = ("gelu", "none") if self.gelu else ("none", "")
@@ -110,7 +115,7 @@ class Product:
             if now is not parameter or now._version != version or now.data_ptr() != pointer:
                 return name
         for linear in self.linears:
-            if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
+            if linear._forward_hooks or linear._forward_pre_hooks or own_forward(linear):
                 return "hooks"
         return None
 
@@ -129,16 +134,19 @@ class Preparer:
         interleaved: Whether RoPE pairs are neighbours in prepared projections.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, rows: int) -> None:
-        self.rows = rows
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, rows: int, fixed: bool = False
+    ) -> None:
+        self.rows, self.fixed = rows, fixed
         self.products: list[Product] = []
         # Measured on a CPU: neighbours turn as complex numbers, in one pass, not several. A GPU
         # parts them in registers; halves it reads as they are.
         self.interleaved = device.type == "cpu"
-        self.packs = device.type == "cpu" and dtype == torch.float32 and onednn_available()
+        packs = device.type == "cpu" and dtype == torch.float32 and onednn_available()
+        self.packs = packs and not fixed
 
     def _product(self, linears: Sequence[nn.Linear], **options: Any) -> Product:
-        self.products.append(Product(linears, rows=self.rows, **options))
+        self.products.append(Product(linears, rows=self.rows, fixed=self.fixed, **options))
         return self.products[-1]
 
     def alone(self, linear: Any) -> Any:
@@ -181,7 +189,8 @@ class Preparer:
 
 
 def _plain(linear: Any) -> bool:
-    return type(linear) is nn.Linear and not is_watched(linear)
+    own = own_forward(linear) or has_hooks(linear) or nn.modules.module._has_any_global_hook()
+    return type(linear) is nn.Linear and not own
 
 
 def _is_gelu(activation: Any) -> bool:
@@ -266,10 +275,15 @@ def freeze(
     view_of: Callable[[Any, Any, Preparer], View],
     rows: int = ROWS,
     keep: bool = True,
+    invariant: bool = False,
 ) -> Frozen:
-    """Prepare the weights of every layer; ``keep=False``: in place of the layers' own."""
+    """Prepare the weights of every layer; ``keep=False``: in place of the layers' own.
+
+    ``invariant``: rows have the same bits in every batch, where kernels run.
+    """
     first = next(base.parameters())
-    prepare = Preparer(first.device, first.dtype, rows)
+    fixed = invariant and _runtime.use_kernel(first)
+    prepare = Preparer(first.device, first.dtype, rows, fixed)
     views, frozen = [], Frozen(prepare.products, [])
     for _, layer in layers:
         made = len(prepare.products)

@@ -5,7 +5,8 @@ into the smallest bucket of tokens and documents that takes it: rows behind its 
 documents behind its own, which attention keeps apart, and are dropped. What remains open is the
 longest document, which picks attention's launch choices: batches that it would pick others for have
 graphs of their own. A replay gives the bits of the same forward without a graph over the bucket;
-products of another number of rows may round differently from those over the batch alone.
+products of another number of rows may round differently from those over the batch alone, unless the
+model is batch-invariant: then rows do not know each other, and attention has one longest document.
 
 Graphs of a model share memory and are replayed one after the other: a lock orders the threads that
 start them, an event the streams that run them. The least recently used graph makes room for a new
@@ -129,18 +130,19 @@ class Graphs:
 
     Args:
         base: The model; its weights are read where they are.
+        limits: Longest documents up to which attention launches the same, as `edges`.
         record: Makes a `Recorder`; a stand-in where there is no GPU.
     """
 
     def __init__(
         self,
         base: nn.Module,
-        windows: set[int],
+        limits: list[int],
         record: Callable[[Callable[[], Outputs], Any], Recorder] = CudaGraph,
         most: int = MOST_GRAPHS,
     ) -> None:
         self.stands_in = record is not CudaGraph
-        self.limits, self.record, self.most = edges(windows), record, most
+        self.limits, self.record, self.most = limits, record, most
         self.entries: OrderedDict[Any, _Entry] = OrderedDict()
         self.lock = threading.Lock()
         self.pool: Any = None

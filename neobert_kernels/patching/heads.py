@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 import neobert_kernels as nk
 from neobert_kernels import _check
+from neobert_kernels.patching import invariant
 from neobert_kernels.patching.batch import Batch
-from neobert_kernels.patching.blocks import at
+from neobert_kernels.patching.blocks import at, own_forward
 from neobert_kernels.patching.family import (
     OPTIONS,
     HeadCall,
@@ -66,7 +67,7 @@ def _call_base(self: Any, inputs: dict[str, Any], head: HeadCall) -> Packed:
 
 def _each(self: Any, packed: Packed, fn: Callable[[Packed], Tensor]) -> Tensor:
     """``fn`` of the batch, or document by document where others must not change the bits."""
-    if not getattr(self, OPTIONS).batch_invariant:
+    if not getattr(self, OPTIONS).batch_invariant or invariant.together(self, packed.x):
         return fn(packed)
     parts = [fn(each) for each in packed.documents()]
     return torch.cat(parts) if parts else fn(packed)
@@ -240,7 +241,7 @@ def _labelled(labels: Tensor, batch: Batch, unlabelled: tuple[int, ...]) -> Tens
 def _wants_logits(self: Any, options: Options, decoder: Any) -> bool:
     # A decoder that is more than its weight and bias (LoRA, pruning, a hook) has to be called.
     hooked = decoder._forward_hooks or decoder._forward_pre_hooks
-    plain = type(decoder) is nn.Linear and not hooked and "forward" not in vars(decoder)
+    plain = type(decoder) is nn.Linear and not hooked and not own_forward(decoder)
     if options.mlm_logits is False and not plain:
         rule = "True or None where the decoder is more than a plain Linear"
         raise _check.error("mlm_logits", rule, False)

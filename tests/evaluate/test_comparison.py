@@ -53,9 +53,9 @@ def results(tmp_path: Path) -> Path:
         record_scores(tmp_path, "NeoBERT-4096", task, 0.5 + i / 100)
     record_scores(tmp_path, "NeoBERT-4096", "RTE", 0.9, grid="one")
     record_scores(tmp_path, "<i>mine</i>", "CoLA", None, grid="one")
-    scores = {"a": ("STS", 0.5), "b": ("Retrieval", 0.3)}
-    Result("NeoBERT-4096", ("MTEB(eng, v1)",), ("a", "b"), scores).write(tmp_path)
-    Result("BERT-base", ("a",), ("a",), {"a": ("STS", 0.5)}).write(tmp_path)
+    scores, made = {"a": ("STS", 0.5), "b": ("Retrieval", 0.3)}, {"mteb": "2"}
+    Result("NeoBERT-4096", ("MTEB(eng, v1)",), ("a", "b"), scores, made).write(tmp_path)
+    Result("BERT-base", ("a",), ("a",), {"a": ("STS", 0.5)}, made).write(tmp_path)
     write_perplexity(tmp_path / "p" / "1", "chandar-lab/NeoBERT", (60, 1.0), (200, 2.0))
     write_perplexity(tmp_path / "p" / "2", "<i>mine</i>", (5000, 1e9))
     write_speeds(tmp_path, ("neobert-250m, fixed 512, float32, cpu", 1234.0))
@@ -73,9 +73,18 @@ def test_every_model_has_a_row_with_the_papers_figures_and_ours(results: Path) -
         "17.2", "not measured",
     ]  # fmt: skip
     assert rows["BERT-base"] == [
-        "79.6", "not run", "48.1", "not run; a below", "not run", "27.6", "not measured", "", "",
+        "79.6", "not run",
+        "48.1", "not run; a below",
+        "not run",
+        "27.6", "not measured",
+        "not given", "too long",
     ]  # fmt: skip
-    assert rows["<i>mine</i>"][:4] == ["", "0 of 8 tasks (grid one)", "", "not run"]
+    assert rows["<i>mine</i>"][:4] == [
+        "not given",
+        "0 of 8 tasks (grid one)",
+        "not given",
+        "not run",
+    ]
     assert rows["<i>mine</i>"][4] == "1.01e+304 (1 documents)"
     assert len(rows) == 10
 
@@ -91,7 +100,7 @@ def test_perplexity_has_its_lengths_in_order(results: Path) -> None:
     found = report.collect([results]).perplexity
     table = report.perplexity_table(found)
     assert table.columns[4:] == ("to 64", "to 256", "to 8,192", "all")
-    assert table.rows[0][4:] == ["2.72", "7.39", "", "4.48"]
+    assert table.rows[0][4:] == ["2.72", "7.39", "no documents", "4.48"]
 
 
 def test_the_newest_full_run_of_a_machine_counts(tmp_path: Path) -> None:
@@ -102,9 +111,9 @@ def test_the_newest_full_run_of_a_machine_counts(tmp_path: Path) -> None:
     write_speeds(tmp_path, ("bert-base, ragged, float32, cpu", 7000.0), date="2026-05-01")
     rows = {(row[0], row[1]): row[2:] for row in speed.table(speed.collect(tmp_path)).rows}
     machine = "A CPU, 2 threads, float32"
-    assert rows["BERT-base", f"ours, {machine}"] == ["3", "", "", "", ""]
-    assert rows["BERT-base", f"SDPA, {machine}"] == ["1.5", "", "", "", ""]
-    assert rows["other", f"ours, {machine}"][3:] == ["0.5", "not measured"]
+    assert rows["BERT-base", f"ours, {machine}"] == ["3.00", *["too long"] * 4]
+    assert rows["BERT-base", f"SDPA, {machine}"] == ["1.50", *["too long"] * 4]
+    assert rows["other", f"ours, {machine}"][3:] == ["0.500", "not measured"]
     assert rows["ModernBERT-base", "ours"] == ["not measured"] * 5
 
 
@@ -119,11 +128,39 @@ def test_the_page_needs_no_other_file_and_nothing_in_it_is_nan(
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert page.count("data:image/png") == 4
     assert "<i>" not in page
-    assert not re.search(r"\bnan\b|\binf\b", f"{page}{text}", re.IGNORECASE)
+    shown = re.sub(r"base64,[^\"]*", "", page) + text
+    assert not re.search(r"\bnan\b|\binf\b", shown, re.IGNORECASE)
     pictures = sorted(path.name for path in output.glob("*.png"))
     names = ("-glue", "-mteb", "-pseudo-perplexity", "")
     assert pictures == [f"comparison{name}.png" for name in names]
     assert all((output / name).read_bytes()[1:4] == b"PNG" for name in pictures)
+
+
+def test_every_cell_and_bar_says_something_the_same_in_tables_and_pictures(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    texts = {}
+
+    def kept(figure: Any, path: Path) -> Path:
+        texts[path.stem] = [text.get_text() for axes in figure.axes for text in axes.texts]
+        return path
+
+    monkeypatch.setattr("neobert.pictures._save", kept)
+    found = report.collect([results])
+    tables = [each.table for each in report.sections(found, {}) if each.table is not None]
+    assert len(tables) == 8
+    assert [row for table in tables for row in table.rows if "" in row] == []
+    report.draw(found, tmp_path)
+    shown = [text for text in texts["comparison"] if text]
+    assert {"89.0", "51.3", "53.5", "40.0", "4.48", "1.23", "not run", "too long"} < set(shown)
+    cells = [cell for cells in report.overview(found).values() for cell in cells.values()]
+    assert len(shown) == len(cells) + sum(cell.paper is not None for cell in cells)
+    glue, mteb = ([t for t in texts[f"comparison-{kind}"] if t] for kind in ("glue", "mteb"))
+    # Of a row: <i>mine</i> with CoLA undefined, NeoBERT in grid one with RTE alone.
+    assert sorted(glue) == ["not run"] * 14 + ["undefined"]
+    # BERT-base has STS alone, NeoBERT also retrieval.
+    assert sorted(mteb) == ["not run"] * 11 + ["other tasks"]
 
 
 def test_folders_are_taken_together_and_one_inside_another_counts_once(tmp_path: Path) -> None:

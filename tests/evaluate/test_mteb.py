@@ -105,13 +105,13 @@ def test_the_command_runs_a_task_once_and_leaves_its_score_to_the_report(
     tasks = [t for t in ALL_MOCK_TASK_TEST_GRID if t.metadata.name == "MockSTSTask"]
     monkeypatch.setattr("neobert.commands.mteb._tasks", lambda mteb, names: tasks)
     calls = []
-    stream = Encoder.stream
+    encode = Encoder.encode
 
     def counted(self: Encoder, *args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        return stream(self, *args, **kwargs)
+        return encode(self, *args, **kwargs)
 
-    monkeypatch.setattr(Encoder, "stream", counted)
+    monkeypatch.setattr(Encoder, "encode", counted)
     given = ["--model", str(folder), "--name", "BERT-base", "--output", str(tmp_path)]
     given += ["--benchmark", "MockSTSTask", "--device", "cpu"]
     assert cli.main(["evaluate", "mteb", *given]) == 0
@@ -146,10 +146,16 @@ def test_a_task_whose_parts_all_failed_is_named_and_run_again(
         assert not list(tmp_path.rglob("CQADupstackRetrieval.json"))
 
 
-def test_superseded_tasks_and_those_without_english_are_found() -> None:
+def test_superseded_tasks_are_found_and_the_english_parts_of_each_if_it_has_some() -> None:
     mteb = pytest.importorskip("mteb")
-    names = ["STSBenchmark", "SICK-R", "GermanSTSBenchmark"]
-    assert [task.metadata.name for task in _tasks(mteb, names)] == names
+    names = ["STSBenchmark", "SICK-R", "STS17", "BUCC", "GermanSTSBenchmark"]
+    found = {task.metadata.name: task for task in _tasks(mteb, names)}
+    assert list(found) == names
+    assert found["STS17"].hf_subsets == ["en-en"]
+    parts = found["BUCC"].hf_subsets  # each with another language
+    assert len(parts) > 1
+    assert all("en" in part.split("-") for part in parts)
+    assert found["GermanSTSBenchmark"].languages == ["deu"]
 
 
 def test_an_unknown_benchmark_has_near_names(

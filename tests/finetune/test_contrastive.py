@@ -29,6 +29,7 @@ st = pytest.importorskip("sentence_transformers")
 
 from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
     CachedMultipleNegativesRankingLoss,
+    MatryoshkaLoss,
 )
 
 from neobert.finetuning.contrastive import loss as loss_module  # noqa: E402
@@ -63,10 +64,15 @@ def contrastive(folder: Path, pairs: Path, tmp_path: Path) -> Callable[..., int]
     return run
 
 
-@pytest.mark.parametrize("negatives", [0, 2])
-@pytest.mark.parametrize("at_once", [2, 256])
+@pytest.mark.parametrize(
+    ("negatives", "at_once", "dims"), [(0, 2, ()), (2, 256, ()), (0, 256, (48, 7)), (2, 2, (7, 48))]
+)
 def test_the_loss_is_that_of_sentence_transformers(
-    negatives: int, at_once: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+    negatives: int,
+    at_once: int,
+    dims: tuple[int, ...],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loss_module, "CPU_QUERIES", at_once)
     draw = np.random.default_rng(0)
@@ -81,6 +87,8 @@ def test_the_loss_is_that_of_sentence_transformers(
             loss = CachedInfoNCELoss(model, 0.07, mini_batch_num_tokens=40)
         else:
             loss = CachedMultipleNegativesRankingLoss(model, scale=1 / 0.07, mini_batch_size=2)
+        if dims:
+            loss = MatryoshkaLoss(model, loss, dims)
         features = [model.preprocess(column) for column in columns]
         value = loss(features, torch.zeros(5))
         value.backward()
@@ -138,17 +146,43 @@ def test_a_run_ends_in_a_folder_that_others_load(
     assert '"pairs": "find: "' in card
 
 
+def rank_loss(model: Path, dim: int | None = None) -> float:
+    """Of `PAIRS`, on the first ``dim`` dimensions."""
+    encoder = Encoder.load(model, device="cpu")
+    a, b = (
+        torch.nn.functional.normalize(torch.from_numpy(encoder.encode(list(side))[:, :dim]))
+        for side in zip(*PAIRS, strict=True)
+    )
+    return float(torch.nn.functional.cross_entropy(a @ b.T / 0.07, torch.arange(len(PAIRS))))
+
+
 def test_training_brings_pairs_together(
     contrastive: Callable[..., int], folder: Path, tmp_path: Path
 ) -> None:
-    def rank_loss(model: Path) -> float:
-        encoder = Encoder.load(model, device="cpu", normalize=True)
-        a, b = (encoder.encode([pair[i] for pair in PAIRS]) for i in (0, 1))
-        scores = torch.from_numpy(a @ b.T) / 0.07
-        return float(torch.nn.functional.cross_entropy(scores, torch.arange(len(PAIRS))))
-
     assert contrastive("--steps", "20", "--batch-size", "4") == 0
     assert rank_loss(tmp_path / "out" / "final") < 0.7 * rank_loss(folder)
+
+
+def test_matryoshka_trains_leading_dimensions_too(
+    contrastive: Callable[..., int],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    steps = ("--steps", "20", "--batch-size", "4")
+    assert contrastive(*steps, "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+    plain = rank_loss(tmp_path / "out" / "final", 2)
+    dims = ("--matryoshka", "2", "48", "2")
+    assert contrastive(*steps, *dims, "--restart") == 0
+    assert "the model is in" in capsys.readouterr().out
+    final = tmp_path / "out" / "final"
+    assert rank_loss(final) < 0.7 * rank_loss(folder)
+    assert rank_loss(final, 2) < 0.7 * min(plain, rank_loss(folder, 2))
+    card = (final / "README.md").read_text()
+    assert "negatives, each at the first 48, 2 dimensions (Matryoshka), every batch" in card
+    assert contrastive(*steps) == 2  # another run
+    assert "recipe was" in capsys.readouterr().err
 
 
 def test_two_processes_have_the_gradient_of_one_with_all_their_pairs(
@@ -248,9 +282,15 @@ def test_bad_input_is_one_line(
 ) -> None:
     (tmp_path / "say.json").write_text('{"other": "find: "}')
     for arguments, message in (
+        (["--output", str(tmp_path / "say.json")], "output: expected a folder, got the file"),
+        (["--seed", "-3"], "argument --seed: expected a whole number from 0, got '-3'"),
         (["--data", "no/such-set"], "data: expected no/such-set from the hub, got"),
         (["--instructions", str(tmp_path / "say.json")], "expected names of pairs, got 'other'"),
         (["--temperature", "0"], "temperature: expected over 0, got 0.0"),
+        (
+            ["--matryoshka", "48", "49"],
+            "matryoshka: expected at most 48 (the model's dimensions), got 49",
+        ),
     ):
         assert contrastive(*arguments) == 2
         error = capsys.readouterr().err

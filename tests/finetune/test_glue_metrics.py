@@ -46,6 +46,7 @@ def test_mnli_is_the_mean_of_matched_and_mismatched() -> None:
         ("STS-B", [1.0, 2.0, 3.0], [2.5, 2.5, 2.5], None),
         ("STS-B", [1.0, 2.0, 3.0], [math.nan, 1.0, 2.0], None),
         ("STS-B", [1.0], [1.0], None),
+        ("RTE", [1, 1, 0], [math.nan, 1, 0], None),  # of logits that are not finite
         ("RTE", [1, 1, 1], [1, 1, 0], 2 / 3),  # accuracy needs no second class
     ],
 )

@@ -1,5 +1,6 @@
 """The grid: resumed, shared, refused where it is another one; the best model; the command."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import texts
 import torch
@@ -22,7 +24,7 @@ from neobert import cli, files
 from neobert.finetuning.glue import predictions, sweep
 from neobert.finetuning.glue.grid import GRIDS, make_grid
 from neobert.finetuning.glue.runs import Run, read_best
-from neobert.finetuning.glue.tasks import MNLI_CLASSES
+from neobert.finetuning.glue.tasks import MNLI_CLASSES, TASKS
 from neobert.finetuning.schedule import Setting
 from neobert.readers import InputError
 
@@ -71,6 +73,26 @@ def test_one_point_trains_predicts_and_leaves_a_model(
     assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "not_entailment"}
     model = AutoModelForSequenceClassification.from_pretrained(here / "best")
     assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
+
+
+def test_logits_that_are_not_finite_have_no_score(
+    finetune: Finetune,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def predict(_: Any, tokens: Any, *__: Any) -> np.ndarray:
+        return np.full((len(tokens), 2), np.nan, np.float32)
+
+    write_task(tmp_path / "data", "RTE")  # half of its dev set is of class 0, as argmax has NaN
+    monkeypatch.setattr(sweep, "predict", predict)
+    assert finetune("RTE") == 0
+    out = capsys.readouterr()
+    assert "RTE: score undefined at every point" in out.out
+    assert "accuracy: a prediction is not finite" in out.err
+    assert not (tmp_path / "out" / "Tiny" / "RTE" / "best").exists()
+    overflow = np.array([[np.inf], [1.0]], np.float32)
+    np.testing.assert_array_equal(sweep.predictions_of(TASKS["STS-B"], overflow), [np.nan, 1.0])
 
 
 @pytest.mark.parametrize("name", ["MNLI", "STS-B", "MRPC", "CoLA"])
@@ -147,41 +169,60 @@ def test_every_device_gets_the_same_command(
     write_task(tmp_path / "data", "RTE")
     commands = []
 
-    class Process:
-        def __init__(self, command: list[str], **_: Any) -> None:
-            commands.append(command)
+    class Process(contextlib.nullcontext[Any]):
+        def __init__(self, arguments: list[str]) -> None:
+            super().__init__(self)
+            commands.append(arguments)
 
         def wait(self) -> int:
-            return cli.main(commands[0][3:])
+            return cli.main(commands[0])
 
-    monkeypatch.setattr("neobert.commands.finetune.Popen", Process)
+    monkeypatch.setattr("neobert.parent.start", Process)
     options = ("--no-patch", "--max-length", "30", "--batch-size", "8", "--quiet")
     assert finetune("RTE", *SEEDS, *options, "--devices", "cpu", "cpu") == 0
     assert commands[0] == commands[1]
-    assert commands[0][:3] == [sys.executable, "-m", "neobert"]
     assert len(results(tmp_path)) == 3  # of the very run that this process began
     assert not list(tmp_path.glob("out/**/*.lock"))
 
 
-def test_two_processes_share_the_points_and_kill_9_loses_no_finished_one(
+def test_devices_share_the_points_and_end_with_a_parent_killed_by_9(
     model_folder: Path, finetune: Finetune, tmp_path: Path
 ) -> None:
     write_task(tmp_path / "data", "RTE", train=100)
     command = [sys.executable, "-m", "neobert", "finetune", "glue", "--task", "RTE"]
     command += ["--model", str(model_folder), "--name", "Tiny", "--grid", "one", "--epochs", "1"]
     command += ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--quiet"]
-    command += ["--seeds", *map(str, range(100))]
+    command += ["--seeds", *map(str, range(400)), "--devices", "cpu", "cpu"]
+    points = tmp_path / "out" / "Tiny" / "RTE" / "points"
     process = subprocess.Popen(command)
-    while len(results(tmp_path)) < 2 and process.poll() is None:
+    while len(held(points)) < 2 and process.poll() is None:
         time.sleep(0.01)
-    assert finetune("RTE", "--quiet", "--seeds", "98", "99") == 0
+    assert finetune("RTE", "--quiet", "--seeds", "398", "399") == 0
+    while len(results(tmp_path)) < 4 and process.poll() is None:
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + 60
+    while held(points):  # by children, which are nobody's now
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     before = results(tmp_path)
-    assert {name[-2:] for name in before} >= {"98", "99"}
-    assert 4 <= len(before) < 100
-    assert finetune("RTE", "--quiet", "--seeds", *map(str, range(4)), "98") == 0
+    assert {name[-3:] for name in before} >= {"398", "399"}
+    assert 4 <= len(before) < 400
+    assert finetune("RTE", "--quiet", "--seeds", *map(str, range(4)), "398") == 0
     assert before.items() <= results(tmp_path).items()
+
+
+def held(points: Path) -> list[Path]:
+    """The locks that some process has."""
+    found = []
+    for path in points.glob("*.lock"):
+        lock = files.try_lock(path)
+        if lock is None:
+            found.append(path)
+        else:
+            lock.close()
+    return found
 
 
 def test_processes_that_finish_together_predict_one_after_the_other(

@@ -57,6 +57,19 @@ def test_the_same_bits_twice(name):
     assert all(map(torch.equal, first, second))
 
 
+@every_operator
+def test_the_same_bits_whether_or_not_a_gradient_is_recorded(name):
+    """Without one, plain tensors go another way: past the autograd function and the dispatcher."""
+    given, public = sample(name, torch.float32), OPERATORS[name].public
+    recorded = _outputs(public, given)
+    without = Sample(given.args, given.options, leaves=())
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            plain = _outputs(public, without)
+        assert not any(y.requires_grad for y in plain)
+        assert all(map(torch.equal, recorded, plain))
+
+
 @pytest.mark.parametrize("which", ["public", "reference"])
 @every_operator
 def test_autocast_changes_no_forward(name, which):

@@ -306,9 +306,9 @@ def test_nothing_is_written_behind_the_results(gelu):
     rows, F = 3, 100
     gate, up, dy = torch.randn(3, rows, F, device=DEVICE)
     y, dgate, dup = torch.full((3, rows * F + 512), 7.0, device=DEVICE)
-    module._launch(module._forward_kernel, gelu, F, (gate, up, y), (F, F))
+    module._launch(False, gelu, F, (gate, up, y), (F, F))
     tensors = (dy, gate, up, dgate, dup)
-    module._launch(module._backward_kernel, gelu, F, tensors, (F, F, F, F))
+    module._launch(True, gelu, F, tensors, (F, F, F, F))
     for written, expected in [
         (y, module._pair_forward(gate, up, gelu)),
         *zip((dgate, dup), module._pair_backward(dy, gate, up, gelu), strict=True),

@@ -4,17 +4,14 @@ import copy
 
 import pytest
 import torch
+from covering import covering
 from encoders import ENCODERS, padded, with_labels
 from parity import assert_same, assert_same_gradients
 
 import neobert_kernels as nk
 
-families = pytest.mark.parametrize("family", ENCODERS)
 
-
-@families
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["base", "mlm", "sequence"])
+@covering(family=ENCODERS, dtype=[torch.bfloat16, torch.float16], kind=["base", "mlm", "sequence"])
 def test_outputs_and_gradients(family, dtype, kind):
     encoder = ENCODERS[family]
     if kind != "base" and not encoder.has(kind):

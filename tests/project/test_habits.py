@@ -73,7 +73,8 @@ def test_readme_commands_exist() -> None:
 def test_make_test_is_every_check_that_needs_no_gpu() -> None:
     steps = re.search(r"^test: (.+)$", MAKEFILE, re.MULTILINE)
     assert steps is not None
-    assert steps[1].split() == ["lint", "test-cpu", "interpret", "aot", "cuda", "compat"]
+    assert steps[1].split() == ["ready", "test-cpu", "interpret", "aot", "cuda", "compat"]
+    assert re.search(r"^ready:.*\n\t@\$\(MAKE\) .* lint ", MAKEFILE, re.MULTILINE)
 
 
 def test_every_tool_version_stands_in_one_file() -> None:

@@ -1,6 +1,7 @@
 """The settings of a contrastive run."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Recipe:
         temperature: Of the similarities.
         max_length: Tokens kept of a text; None for what the model's files say.
         mini_batch_tokens: Tokens of one forward pass: memory, not the result.
+        matryoshka: Leading dimensions that have a loss of their own; none for the plain loss.
     """
 
     steps: int = 2000
@@ -26,3 +28,8 @@ class Recipe:
     mini_batch_tokens: int = 8192
     precision: str = "float32"
     seed: int = 0
+    matryoshka: tuple[int, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """All settings; without ``matryoshka`` where it is empty, as in runs from before it."""
+        return {name: value for name, value in asdict(self).items() if value != ()}

@@ -1,10 +1,11 @@
 """The run: a sentence encoder trained on pairs by the paper's recipe, and the folder it ends in."""
 
+import io
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def train(
     patched: bool = True,
     instructions: Mapping[str, str] | None = None,
     restart: bool = False,
+    quiet: bool = False,
 ) -> Path:
     """Train and write ``output/final``, which sentence-transformers and `neobert encode` load.
 
@@ -45,6 +47,7 @@ def train(
         patched: Run on our operators.
         instructions: By data set, what is put before its queries.
         restart: Throw away what is there.
+        quiet: No progress, no losses.
 
     Raises:
         InputError: The output holds something else, or an argument breaks a rule.
@@ -56,10 +59,12 @@ def train(
         "model": model,
         "model_files": digest(folder),
         "data": {each.name: [len(each), each.fingerprint] for each in pairs},
-        "recipe": asdict(recipe),
+        "recipe": recipe.record(),
         "instructions": instructions,
         "patched": patched,
     }
+    # Before the folder: its width is an argument's limit.
+    encoder = _load(folder, recipe, device)
     # Under torchrun the first process keeps the folder; the others only look whether it is done.
     is_first = int(os.environ.get("RANK", "0")) == 0
     if is_first:
@@ -67,13 +72,12 @@ def train(
     final = output / "final"
     if final.exists() and (is_first or not restart):
         return final
-    encoder = _load(folder, recipe, device)
     if patched:
         nk.patch(encoder)
     resume = not restart and any(
         (output / "checkpoints").glob(f"checkpoint-*/{LAST_OF_CHECKPOINT}")
     )
-    _fit(encoder, pairs, recipe, output, instructions, resume)
+    _fit(encoder, pairs, recipe, output, instructions, resume, quiet)
     if is_first:
         if patched:
             nk.unpatch(encoder)
@@ -102,6 +106,8 @@ def _check(pairs: Sequence[PairSet], recipe: Recipe, instructions: Mapping[str, 
 
 def _begin(output: Path, identity: Mapping[str, Any], restart: bool) -> None:
     identity = json.loads(json.dumps(identity))
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output: expected a folder, got the file {output}")
     output.mkdir(parents=True, exist_ok=True)
     path = output / "run.json"
     if restart and path.exists():
@@ -146,6 +152,12 @@ def _load(folder: Path, recipe: Recipe, device: str | None) -> Any:
         model_kwargs={"use_safetensors": True},
         local_files_only=True,
     )
+    width = encoder.get_embedding_dimension()
+    for dim in recipe.matryoshka:
+        if width is not None and dim > width:  # None where its last module does not say
+            raise InputError(
+                f"matryoshka: expected at most {width} (the model's dimensions), got {dim}"
+            )
     if recipe.max_length is not None:
         encoder.max_seq_length = recipe.max_length
     return encoder
@@ -158,6 +170,7 @@ def _fit(
     output: Path,
     instructions: Mapping[str, str],
     resume: bool,
+    quiet: bool,
 ) -> None:
     from datasets import Dataset, DatasetDict
     from sentence_transformers import (
@@ -165,6 +178,8 @@ def _fit(
         SentenceTransformerTrainingArguments,
     )
     from sentence_transformers.base.sampler import BatchSamplers
+    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+    from transformers import PrinterCallback
 
     from neobert.finetuning.contrastive.loss import CachedInfoNCELoss
     from neobert.finetuning.contrastive.sampling import SquareRootBatchSampler
@@ -186,24 +201,37 @@ def _fit(
         save_total_limit=2,
         logging_steps=max(1, recipe.steps // 100),
         report_to="none",
+        disable_tqdm=quiet,
         dataloader_pin_memory=encoder.device.type == "cuda",
     )
-    trainer = SentenceTransformerTrainer(
-        encoder,
-        arguments,
-        train_dataset=DatasetDict({each.name: Dataset.from_dict(each.columns) for each in pairs}),
-        loss=CachedInfoNCELoss(encoder, recipe.temperature, recipe.mini_batch_tokens),
-    )
+    loss: Any = CachedInfoNCELoss(encoder, recipe.temperature, recipe.mini_batch_tokens)
+    if recipe.matryoshka:
+        loss = MatryoshkaLoss(encoder, loss, recipe.matryoshka)
+    # The model card's examples have a bar that no option hides.
+    with redirect_stderr(io.StringIO()) if quiet else nullcontext():
+        trainer = SentenceTransformerTrainer(
+            encoder,
+            arguments,
+            train_dataset=DatasetDict(
+                {each.name: Dataset.from_dict(each.columns) for each in pairs}
+            ),
+            loss=loss,
+        )
+    if quiet:
+        trainer.remove_callback(PrinterCallback)  # stands in for the bar
     trainer.train(resume_from_checkpoint=resume or None)
 
 
 def _extend_card(card: Path, identity: Mapping[str, Any]) -> None:
     """Behind sentence-transformers' own model card: what was run, to the last setting."""
     data = "\n".join(f"- {name}: {size:,} pairs" for name, (size, _) in identity["data"].items())
+    dims = identity["recipe"].get("matryoshka")
+    shown = ", ".join(map(str, dims or ()))
+    matryoshka = f", each at the first {shown} dimensions (Matryoshka)" if dims else ""
     settings = json.dumps({k: identity[k] for k in ("recipe", "instructions")}, indent=1)
     text = (
         f"\n## How it was made\n\n`neobert finetune contrastive` from `{identity['model']}`: "
-        "InfoNCE on cosine similarity over in-batch and hard negatives, every batch from one "
-        f"data set, drawn with p ~ n^0.5.\n\n{data}\n\n```json\n{settings}\n```\n"
+        f"InfoNCE on cosine similarity over in-batch and hard negatives{matryoshka}, every batch "
+        f"from one data set, drawn with p ~ n^0.5.\n\n{data}\n\n```json\n{settings}\n```\n"
     )
     files.write_atomically(card, card.read_text("utf-8") + text)

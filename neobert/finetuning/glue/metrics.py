@@ -59,13 +59,15 @@ def require() -> None:
 def evaluate(
     task: Task, labels: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
 ) -> Scores:
-    """Score predictions (class numbers, or scores) of each dev part."""
+    """Score predictions (class numbers, or scores) of each dev part; NaN is undefined."""
     values: dict[str, float | None] = {}
     undefined = {}
     for part in task.dev:
         for metric in task.metrics:
             name = f"{metric} {part.name}".strip()
             try:
+                if not np.isfinite(predictions[part.name]).all():
+                    raise UndefinedError("a prediction is not finite")
                 values[name] = METRICS[metric](labels[part.name], predictions[part.name])
             except UndefinedError as reason:
                 values[name], undefined[name] = None, str(reason)
@@ -101,8 +103,6 @@ def _correlation(function: str) -> Metric:
         import scipy.stats
 
         for name, values in (("label", labels), ("prediction", predictions)):
-            if not np.isfinite(values).all():
-                raise UndefinedError(f"a {name} is not finite")
             if (values == values[0]).all():
                 raise UndefinedError(f"every {name} is the same")
         with warnings.catch_warnings():

@@ -13,7 +13,7 @@ from neobert.finetuning.schedule import Setting
 from neobert.readers import InputError
 from neobert.tables import Section, Table, html_page, markdown_page
 
-NOT_RUN, UNDEFINED, NOTHING = "not run", "undefined", ""
+NOT_RUN, UNDEFINED = "not run", "undefined"
 COLUMNS = ("MNLI", "QNLI", "QQP", "RTE", "SST-2", "MRPC", "CoLA", "STS-B")
 
 NOTE = (
@@ -81,7 +81,7 @@ def scores_table(results: Results) -> Table:
             rows.append([name, "paper", *paper])
         ours = sorted(grid for other, grid in results if other == name)
         if not ours:
-            rows.append([name, "ours", *[NOT_RUN] * len(COLUMNS), NOTHING])
+            rows.append([name, "ours", *[NOT_RUN] * (len(COLUMNS) + 1)])
         for grid in ours:
             tasks = results[name, grid]
             cells = [_cell(tasks.get(column)) for column in COLUMNS]
@@ -135,11 +135,11 @@ def _details(result: Result) -> Iterator[str]:
         steps = (f"{p.result['best_step']:,} of {p.result['planned_steps']:,}" for p in best)
         yield "; ".join(steps)
     else:
-        yield "; ".join(sorted(_reasons(result.points))) or NOTHING
-        yield from [NOTHING] * 5
+        yield "; ".join(sorted(_reasons(result.points))) or _cell(result)
+        yield from [_cell(result)] * 5
     yield identity["start"] or "the model"
     yield f"{'patched' if identity['patched'] else 'not patched'}, {identity['precision']}"
-    yield _made_with(best or result.points)
+    yield _made_with(best or result.points) or NOT_RUN
 
 
 def _metrics(points: Sequence[Point]) -> str:
@@ -194,10 +194,13 @@ def draw(results: Results, path: Path) -> Path | None:
 
     if not results:
         return None
-    series: dict[str, list[float | None]] = {}
+    series: dict[str, list[float | str]] = {}
     for (name, grid), tasks in sorted(results.items()):
         if name in PAPER:
             series.setdefault(f"{name}, paper", [PAPER[name][column] for column in COLUMNS])
-        percents = [tasks[c].percent if c in tasks else None for c in COLUMNS]
-        series[f"{name}, ours ({grid})"] = percents
+        ours = [tasks.get(column) for column in COLUMNS]
+        series[f"{name}, ours ({grid})"] = [
+            _cell(result) if result is None or result.percent is None else result.percent
+            for result in ours
+        ]
     return pictures.bars(path, "GLUE, development sets", "score, percent", COLUMNS, series)

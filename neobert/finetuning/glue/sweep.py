@@ -164,10 +164,14 @@ def tokens_of(classifier: Classifier, texts: Sequence[Sequence[str]]) -> Tokens:
 
 
 def predictions_of(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Class numbers, or scores within the scale."""
+    """Class numbers, or scores within the scale; NaN where a logit is not finite."""
+    found: np.ndarray
     if task.is_regression:
-        return logits[:, 0].clip(LOWEST_SCORE, HIGHEST_SCORE).astype(np.float64)
-    return logits.argmax(1)
+        found = logits[:, 0].clip(LOWEST_SCORE, HIGHEST_SCORE).astype(np.float64)
+    else:
+        found = logits.argmax(1)
+    finite = np.isfinite(logits).all(1)
+    return found if finite.all() else np.where(finite, found, np.nan)
 
 
 def best_points(points: Sequence[Point]) -> list[Point]:

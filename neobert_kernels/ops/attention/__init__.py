@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neobert_kernels import _check, _runtime
+from neobert_kernels import _check, _eager, _runtime
 from neobert_kernels.ops.attention import launch, peers
 from neobert_kernels.ops.attention.reference import (
     attention_reference,
@@ -157,6 +157,24 @@ class _QKVAttention(torch.autograd.Function):
         return (dqkv, *(None,) * 7)
 
 
+_apply = _runtime.differentiable(_Attention, _forward, first=True)
+_launch_apart = _runtime.launcher(_forward)  # what `_qkv_forward` starts, for parts that are there
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check.tensor(name, x, ndim=3)
+        _check.dtype(name, x, _check.DTYPES if name == "q" else (q.dtype,))
+        _check.device(name, x, q.device)
+    tokens, heads, dim = q.shape
+    if not dim or not heads:
+        raise _check.error("q", "at least one head of at least one channel", tuple(q.shape))
+    if k.shape[0] != tokens or k.shape[2] != dim or not k.shape[1] or heads % k.shape[1]:
+        rule = f"shape ({tokens}, a divisor of {heads}, {dim})"
+        raise _check.error("k", rule, tuple(k.shape))
+    _check.shape("v", v, k.shape)
+
+
 def _check_arguments(
     q: Tensor,
     k: Tensor,
@@ -170,17 +188,7 @@ def _check_arguments(
     scale: float | None,
     kernel: bool,
 ) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check.tensor(name, x, ndim=3)
-        _check.dtype(name, x, _check.DTYPES if name == "q" else (q.dtype,))
-        _check.device(name, x, q.device)
-    tokens, heads, dim = q.shape
-    if not dim or not heads:
-        raise _check.error("q", "at least one head of at least one channel", tuple(q.shape))
-    if k.shape[0] != tokens or k.shape[2] != dim or not k.shape[1] or heads % k.shape[1]:
-        rule = f"shape ({tokens}, a divisor of {heads}, {dim})"
-        raise _check.error("k", rule, tuple(k.shape))
-    _check.shape("v", v, k.shape)
+    tokens, _, dim = q.shape
     _check.cu_seqlens(cu_seqlens, tokens, q.device)
     if (cos is None) != (sin is None):
         raise _check.error("sin" if sin is None else "cos", "both of cos and sin, or neither", None)
@@ -204,7 +212,7 @@ def _check_lengths(cu_seqlens: Tensor, max_seqlen: int) -> None:
         return
     if not isinstance(max_seqlen, int) or isinstance(max_seqlen, bool) or max_seqlen < 0:
         raise _check.error("max_seqlen", "an int of at least 0", max_seqlen)
-    if cu_seqlens.device.type == "cpu" and len(cu_seqlens) > 1:
+    if len(cu_seqlens) > 1 and _check.readable(cu_seqlens):
         longest = int(cu_seqlens.diff().max())
         if max_seqlen < longest:
             raise _check.error(
@@ -252,6 +260,7 @@ def attention(
     """
     peer = peers.asked(implementation)
     arguments = (q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
+    _check_heads(q, k, v)
     kernel = peer is None and _runtime.use_kernel(q)
     _check_arguments(*arguments, kernel)
     if peer is not None:
@@ -259,9 +268,7 @@ def attention(
     # Document lengths are data: a compiler must not look, so it too calls the operator.
     if torch.compiler.is_compiling() or kernel:
         scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-        return _Attention.apply(
-            q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale
-        )
+        return _apply(q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
     return _reference(*arguments)
 
 
@@ -295,6 +302,10 @@ def qkv_attention(
     _check.tensor("qkv", qkv, ndim=4)
     if qkv.shape[2] != 3:
         raise _check.error("qkv", "shape (T, H, 3, D)", tuple(qkv.shape))
+    _check.dtype("q", qkv)  # under the name that `attention` has for it
+    if not qkv.shape[3] or not qkv.shape[1]:
+        rule = "at least one head of at least one channel"
+        raise _check.error("q", rule, tuple(qkv[:, :, 0].shape))
     peer = peers.asked(implementation)
     q, k, v = qkv.unbind(2)
     arguments = (q, k, v, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
@@ -304,11 +315,12 @@ def qkv_attention(
         return peers.attend(peer, *arguments)
     if torch.compiler.is_compiling() or kernel:
         scale = 1.0 / math.sqrt(qkv.shape[-1]) if scale is None else scale
+        rest = (cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale)
         if qkv.stride(-1) != 1:
             qkv = qkv.contiguous()
-        return _QKVAttention.apply(
-            qkv, cu_seqlens, max_seqlen, cos, sin, interleaved, window, scale
-        )
+        elif _eager.unobserved((qkv, *rest)):
+            return _launch_apart(q, k, v, *rest)[0]
+        return _QKVAttention.apply(qkv, *rest)
     return _reference(*arguments)
 
 

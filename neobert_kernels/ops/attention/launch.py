@@ -1,14 +1,15 @@
 """From the operators' arguments to kernel launches, and the same launches without a GPU."""
 
 import contextvars
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from neobert_kernels import _runtime
+from neobert_kernels._launch import MOST_PREPARED, Prepared
 from neobert_kernels._triton import triton
 from neobert_kernels.ops.attention import tiles
 from neobert_kernels.ops.attention.backward import dkv_kernel, dq_kernel
@@ -18,8 +19,7 @@ from neobert_kernels.ops.rope import turn
 KERNELS = (forward_kernel, dq_kernel, dkv_kernel)
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """What of a call is compiled into its kernels, besides a tile."""
 
     D: int
@@ -28,8 +28,11 @@ class Form:
     interleaved: bool
     windowed: bool
 
-    def constexprs(self, choice: tiles.Tiles, tile: tiles.Tile, backward: bool) -> dict[str, Any]:
-        inside = self.turning and choice.turns_inside(backward)
+    def constexprs(
+        self, tile: tiles.Tile, inside: bool, search: int, *, backward: bool
+    ) -> dict[str, Any]:
+        """``inside``: rows that turn do so as they are loaded."""
+        inside = self.turning and inside
         # Gradients of turned rows turn back in pairs, wherever the rows themselves were turned.
         pairs = self.turning if backward else inside
         rows, values = (tiles.halves if pairs else tiles.columns)(self.D), tiles.columns(self.D)
@@ -42,7 +45,7 @@ class Form:
             "V_SECOND": values.second,
             "OUTER": tile.outer,
             "INNER": tile.inner,
-            "SEARCH": choice.search,
+            "SEARCH": search,
             "TURN": inside,
             "INTERLEAVED": self.interleaved and pairs,
             "HAS_WINDOW": self.windowed,
@@ -54,13 +57,19 @@ class Form:
 
 def _rows(x: Tensor) -> Tensor:
     """``x`` itself where its channels are neighbours and a tile's offsets fit into 32 bits."""
-    return _runtime.neighbouring(x) if x.stride(0) < 2**31 // 128 else x.contiguous()
+    step, _, neighbour = x.stride()
+    if step >= 2**31 // 128:
+        return x.contiguous()
+    return x if neighbour == 1 else _runtime.neighbouring(x)
 
 
-def _aligned(x: Tensor) -> bool:
+def _aligned(*tensors: Tensor) -> bool:
     """Every row starts at a multiple of 16 bytes."""
-    step = 16 // x.element_size()
-    return x.data_ptr() % 16 == 0 and x.stride(0) % step == 0 and x.stride(1) % step == 0
+    bits = 0  # of all addresses and distances, in bytes
+    for x in tensors:
+        size, (step, head, _) = x.element_size(), x.stride()
+        bits |= x.data_ptr() | step * size | head * size
+    return bits % 16 == 0
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -68,8 +77,7 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """The tensors of one call as the kernels take them."""
 
     q: Tensor
@@ -100,12 +108,12 @@ class Call:
         backward: bool,
     ) -> "Call":
         """Turns q and k here where they are not turned as they are loaded."""
-        q, k, v = map(_rows, (q, k, v))
-        aligned = all(map(_aligned, (q, k, v)))
-        sm = _runtime.generation(q)
-        choice = tiles.choose(q.shape[2], q.dtype, sm, max_seqlen, aligned)
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        aligned = _aligned(q, k, v)
+        _, H, D = q.shape
+        choice = tiles.choose(D, q.dtype, _runtime.generation(q), max_seqlen, aligned)
         windowed = window is not None and window < max_seqlen - 1
-        form = Form(q.shape[2], q.shape[1] // k.shape[1], cos is not None, interleaved, windowed)
+        form = Form(D, H // k.shape[1], cos is not None, interleaved, windowed)
         if cos is None or sin is None:
             cos = sin = cu_seqlens  # a pointer that no kernel follows
         else:
@@ -113,35 +121,51 @@ class Call:
             if not choice.turns_inside(backward):
                 q, k = turn(q, k, cos, sin, interleaved)
         reach = window if window is not None and windowed else 0
-        cu_seqlens = cu_seqlens.contiguous()
-        return cls(q, k, v, cu_seqlens, cos, sin, reach, scale, form, choice)
+        return cls(
+            q, k, v, cu_seqlens.contiguous(), cos, sin, reach, float(scale), form, choice
+        )  # fmt: skip
 
     def run(
         self,
-        kernel: Any,
+        which: int,
         tile: tiles.Tile,
         heads: int,
         pointers: list[Tensor],
         strided: list[Tensor],
-        backward: bool,
     ) -> None:
-        """One program per slot of the work map (see `locate`) and head; nothing asks the GPU."""
+        """`KERNELS` ``[which]``, one program per slot of the work map (see `locate`) and head.
+
+        Nothing asks the GPU.
+        """
         tokens, documents = self.q.shape[0], self.cu_seqlens.shape[0] - 1
-        strides = [x.stride(i) for x in (self.q, self.k, self.v, *strided) for i in (0, 1)]
-        grid = (tokens // tile.outer + documents, heads)
+        inside, search = self.choice.turns_inside(which > 0), self.choice.search
+        arguments: tuple[Any, ...] = (
+            (tokens // tile.outer + documents, heads, 1),
+            self.q, self.k, self.v, self.cos, self.sin, self.cu_seqlens, *pointers, tokens,
+            documents, self.window, self.scale,
+            *self.q.stride()[:2], *self.k.stride()[:2], *self.v.stride()[:2],
+            *[step for x in strided for step in x.stride()[:2]],
+        )  # fmt: skip
+        prepared = _prepared(which, tile, self.form, inside, search)
+        if tile.tma:
+            # The allocator is a context variable: in a copy of the context, a user's own one stays.
+            contextvars.copy_context().run(_with_workspace, prepared, arguments)
+        else:
+            prepared(*arguments)
 
-        def start() -> None:
-            if tile.tma:
-                triton.set_allocator(_workspace)
-            kernel[grid](
-                self.q, self.k, self.v, self.cos, self.sin, self.cu_seqlens, *pointers, tokens,
-                documents, self.window, self.scale, *strides,
-                **self.form.constexprs(self.choice, tile, backward), num_warps=tile.warps,
-                num_stages=tile.stages, maxnreg=tile.registers, **_runtime.FP_FUSION,
-            )  # fmt: skip
 
-        # The allocator is a context variable: in a copy of the context, a user's own one stays.
-        contextvars.copy_context().run(start) if tile.tma else start()
+def _with_workspace(prepared: Prepared, arguments: tuple[Any, ...]) -> None:
+    triton.set_allocator(_workspace)
+    prepared(*arguments)
+
+
+@functools.lru_cache(MOST_PREPARED)
+def _prepared(which: int, tile: tiles.Tile, form: Form, inside: bool, search: int) -> Prepared:
+    return Prepared(
+        KERNELS[which], form.constexprs(tile, inside, search, backward=which > 0),
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        **_runtime.FP_FUSION,
+    )  # fmt: skip
 
 
 def forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -151,7 +175,7 @@ def forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((H, T), dtype=torch.float32)
     if T:
         call = Call.of(q, *rest, backward=False)
-        call.run(forward_kernel, call.choice.forward, H, [out, lse], [], backward=False)
+        call.run(0, call.choice.forward, H, [out, lse], [])
     return out, lse
 
 
@@ -171,13 +195,8 @@ def backward(
     dq, dk, dv = grads
     call = Call.of(q, k, *rest, backward=True)
     dout, delta = _rows(dout), torch.empty_like(lse)
-    call.run(
-        dq_kernel, call.choice.dq, H, [out, dout, lse, delta, dq], [dout, dq], backward=True
-    )  # fmt: skip
-    call.run(
-        dkv_kernel, call.choice.dkv, k.shape[1], [dout, lse, delta, dk, dv], [dout, dk, dv],
-        backward=True,
-    )  # fmt: skip
+    call.run(1, call.choice.dq, H, [out, dout, lse, delta, dq], [dout, dq])
+    call.run(2, call.choice.dkv, k.shape[1], [dout, lse, delta, dk, dv], [dout, dk, dv])
 
 
 # (dtype, longest document, form): the shapes of spec'd encoders, each option at least once.
@@ -227,7 +246,7 @@ def _launch(
         name=f"attention_{kernel.__name__.removesuffix('_kernel')}",
         case=" ".join(words),
         signature=signature,
-        constexprs=form.constexprs(choice, tile, backward),
+        constexprs=form.constexprs(tile, inside, choice.search, backward=backward),
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,

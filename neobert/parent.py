@@ -1,0 +1,41 @@
+"""A process that ends soon after the one that started it, also where that one was killed by -9.
+
+``python -m neobert.parent PID ...`` is ``neobert ...`` that ends with process PID.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from subprocess import DEVNULL, Popen
+
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+def end_with(parent: int) -> None:
+    """End this process at once when its parent is no longer ``parent``, in whatever work it is.
+
+    As by a signal 9: only for work that survives one. Linux and macOS give an orphan another
+    parent; elsewhere this does nothing.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="neobert-parent").start()
+
+
+def start(arguments: Sequence[str]) -> "Popen[bytes]":
+    """``neobert ...`` in a process that ends with this one; nothing but its errors is shown."""
+    command = [sys.executable, "-m", "neobert.parent", str(os.getpid()), *arguments]
+    return Popen(command, stdout=DEVNULL)
+
+
+if __name__ == "__main__":
+    end_with(int(sys.argv[1]))
+    from neobert.cli import main
+
+    sys.exit(main(sys.argv[2:]))
