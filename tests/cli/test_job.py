@@ -374,7 +374,8 @@ def test_an_input_with_other_times_resumes_if_it_is_trusted(source: Path, output
     os.utime(source, ns=(0, 7))
     with pytest.raises(InputError, match="--trust-input goes on if the texts are the same, --rest"):
         run_job(source, output)
-    encoder = FakeEncoder(after_window=(done := []).append)
+    done: list[int] = []
+    encoder = FakeEncoder(after_window=done.append)
     assert run_job(source, output, encoder, trust_input=True).texts == len(TEXTS)
     assert done[-1] == len(TEXTS) - 8
 
