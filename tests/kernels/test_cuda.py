@@ -192,7 +192,7 @@ def test_a_wrong_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_nothing_is_loaded(
     version: str | None, available: bool, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(GOOD.encode())
+    put(_cuda_build.sealed(GOOD.encode()))
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     with pytest.raises(RuntimeError, match=reason):
