@@ -123,22 +123,13 @@ def view(base: Any, layer: Any, prepare: Preparer) -> View:
     return View(
         layer,
         {
-            "attention": View(
-                attention, {"self": View(self_, parts), "output": _output_view(attention, prepare)}
-            ),
+            "attention": View(attention, {"self": View(self_, parts)}),
             "intermediate": wide if expanded is None else expanded,
-            "output": _output_view(layer, prepare),
         },
     )
 
 
-def _output_view(block: Any, prepare: Preparer) -> View:
-    return View(block.output, {"dense": prepare.alone(block.output.dense)})
-
-
 def _residual_norm(block: Any, x: Tensor, residual: Tensor) -> Tensor:
-    if isinstance(block.dense, Product) and not block.dropout.training:
-        return layer_norm(block.LayerNorm, block.dense.plus(x, residual), None)[0]
     return layer_norm(block.LayerNorm, residual, block.dropout(block.dense(x)))[0]
 
 

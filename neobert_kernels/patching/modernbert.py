@@ -132,21 +132,14 @@ def layer_forward(
 
 def view(base: Any, layer: Any, prepare: Preparer) -> View:
     """The layer as `layer_forward` reads it in a frozen model."""
-    attn, mlp = layer.attn, layer.mlp
+    attn = layer.attn
     heads = [base.config.num_attention_heads] * 3
     qkv = prepare.turned([attn.Wqkv], heads, attn.head_dim, interleaved=False)
     parts = {
         "Wqkv": attn.Wqkv if qkv is None else qkv,
         "interleaved": qkv is not None and prepare.interleaved,
-        "Wo": prepare.alone(attn.Wo),
     }
-    return View(
-        layer,
-        {
-            "attn": View(attn, parts),
-            "mlp": View(mlp, {"Wi": prepare.alone(mlp.Wi), "Wo": prepare.alone(mlp.Wo)}),
-        },
-    )
+    return View(layer, {"attn": View(attn, parts)})
 
 
 def run(

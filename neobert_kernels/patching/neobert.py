@@ -77,17 +77,12 @@ def view(base: Any, layer: Any, prepare: Preparer) -> View:
     heads = base.config.num_attention_heads
     head_size = base.config.hidden_size // heads
     order = None if prepare.interleaved else _halves_first(heads, head_size)
-    qkv = prepare.together([layer.qkv], order, copies=order is not None)
+    qkv = prepare.together([layer.qkv], order)
     return View(
         layer,
         {
             "qkv": layer.qkv if qkv is None else qkv,
             "interleaved": qkv is None or prepare.interleaved,
-            "wo": prepare.alone(layer.wo),
-            "ffn": View(
-                layer.ffn,
-                {"w12": prepare.alone(layer.ffn.w12), "w3": prepare.alone(layer.ffn.w3)},
-            ),
         },
     )
 

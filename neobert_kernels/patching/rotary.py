@@ -93,7 +93,7 @@ def view(base: Any, layer: Any, prepare: Preparer) -> View:
     return View(
         layer,
         {
-            "self_attn": View(attention, parts | {"o_proj": prepare.alone(attention.o_proj)}),
-            "mlp": View(mlp, {"gate_up": gate_up, "down_proj": prepare.alone(mlp.down_proj)}),
+            "self_attn": View(attention, parts),
+            "mlp": View(mlp, {"gate_up": gate_up}),
         },
     )

@@ -111,7 +111,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@every_family
+@pytest.mark.parametrize("family", sorted(ENCODERS.keys() - {"neobert"}))
 def test_a_changed_weight_is_refused(family, change):
     model = encoder(family)
     nk.patch(model, inference=True)
@@ -126,10 +126,24 @@ def test_a_changed_weight_is_refused(family, change):
         states(model, family)
 
 
+def test_weights_that_were_not_prepared_may_change():
+    model = encoder("neobert")  # on a CPU it has none
+    nk.patch(model, inference=True)
+    assert not model.__dict__[PREPARED].products
+    before = states(model, "neobert")
+    with torch.no_grad():
+        model.transformer_encoder[1].ffn.w3.weight.mul_(2)
+    after = states(model, "neobert")
+    assert not torch.equal(before, after)
+    nk.unpatch(model)
+    with nk.patched(model):
+        torch.testing.assert_close(after, states(model, "neobert"), **ROUNDING)
+
+
 def test_a_replaced_layer_is_refused():
     model = encoder("bert")
     nk.patch(model, inference=True)
-    model.encoder.layer[1].output.dense = nn.Linear(80, 48)
+    model.encoder.layer[1].attention.self.query = nn.Linear(48, 48)
     with pytest.raises(ValueError, match="another module in a layer"):
         states(model, "bert")
 
@@ -203,9 +217,6 @@ def test_a_product_equals_linear_and_gelu(rows, bias, gelu):
     with torch.inference_mode():
         exact, ours = reference(x.double(), torch.float64), product(x)
         assert_within_budget(ours, reference(x, torch.float32), exact)
-        added = torch.randn(rows, 80)
-        rounded = reference(x, torch.float32) + added
-        assert_within_budget(product.plus(x, added), rounded, exact + added)
 
 
 def test_a_bias_of_some_layers_is_zero_in_the_others():
@@ -256,8 +267,13 @@ def test_frozen_for_good_gives_up_its_own_weights():
     nk.unpatch(model)
     nk.patching.patch_for_good(model, rows=64)
     torch.testing.assert_close(states(model, "bert"), expected, **ROUNDING)
-    kept = {m for m in model.encoder.modules() if type(m) is nn.Linear and not m.weight.is_meta}
-    assert not kept
+    gone = {
+        name
+        for name, module in model.encoder.layer[1].named_modules()
+        if type(module) is nn.Linear and module.weight.is_meta
+    }
+    own = {f"attention.self.{name}" for name in ("query", "key", "value")}
+    assert gone == own | {"intermediate.dense"}
     for call in (nk.unpatch, copy.deepcopy):
         with pytest.raises(ValueError, match=r"^model: expected one that kept its weights"):
             call(model)
