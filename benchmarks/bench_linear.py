@@ -18,7 +18,7 @@ from neobert.floors import operators
 from neobert_kernels import _runtime
 
 # Outputs and inputs: qkv, wo, w12 and w3 of NeoBERT, and its classifier.
-SHAPES = ((2304, 768), (768, 768), (6144, 768), (768, 3072), (2, 768))
+SHAPES = ((2304, 768), (768, 768), (4096, 768), (768, 2048), (2, 768))
 
 
 @pytest.mark.parametrize("rows", [16, 512, 16_384])

@@ -1,9 +1,9 @@
 """How a kernel starts: Triton finds its binary once for each form of arguments, then we do.
 
-Triton's own call looks up the binary from the type, alignment and value of every argument, about
-10 us of Python. `Prepared` keeps the binary that it returned, under all that the choice depends on,
-and starts it directly: 4 us. Both are what Triton documents: ``kernel[grid](...)`` returns the
-compiled kernel, which takes ``[grid](...)`` itself.
+Triton's own call looks up the binary from the type, alignment and value of every argument, in
+Python. `Prepared` keeps the binary that it returned, under all that the choice depends on, and
+starts it directly. Both are what Triton documents: ``kernel[grid](...)`` returns the compiled
+kernel, which takes ``[grid](...)`` itself.
 """
 
 from typing import Any

@@ -4,10 +4,10 @@ A block of a frozen model reads its parts from a `View` of the layer, in which p
 Linear layers over the same input are one `Product`: q, k and v, or gate and up. RoPE's rows of such
 a product are put into the order that turns faster on the device, with the same result: scores are
 sums over a head's channels, which q and k bring in the same order. On a CPU in float32 BERT's GELU
-is applied where its product is still in cache, by oneDNN, on a weight as oneDNN lays it out. Its
-other products are no faster than ``F.linear``, measured: 0.84 to 1.06 of its speed at 384 to 4,096
-columns. The operators are PyTorch's own, which TorchInductor emits for frozen models, but private:
-where a build lacks them, `onednn_available` is False and the product goes through ``F.linear``.
+is applied where its product is still in cache, by oneDNN, on a weight as oneDNN lays it out. That
+layout alone gains nothing over ``F.linear``, so other products have none. The operators are
+PyTorch's own, which TorchInductor emits for frozen models, but private: where a build lacks them,
+`onednn_available` is False and the product goes through ``F.linear``.
 
 The model's modules and parameters stay as they are. `Frozen.check` looks once per forward whether
 they still are what the products were made of.
