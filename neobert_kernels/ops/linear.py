@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from neobert_kernels import _check, _runtime
 from neobert_kernels._triton import tl, triton
-from neobert_kernels.ops.rope import rounded
+from neobert_kernels.ops._rounding import rounded
 
 
 def batch_invariant_linear_reference(

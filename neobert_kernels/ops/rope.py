@@ -21,6 +21,7 @@ from torch import Tensor
 from neobert_kernels import _check, _runtime
 from neobert_kernels._launch import MOST_PREPARED, Prepared
 from neobert_kernels._triton import tl, triton
+from neobert_kernels.ops._rounding import rounded
 
 
 def rope_table_reference(
@@ -56,24 +57,6 @@ def check_table(cos: Tensor, sin: Tensor, tokens: int, dim: int, where: torch.de
         _check.exactly(name, table, (tokens, dim // 2), torch.float32, where)
         if table.requires_grad and torch.is_grad_enabled():
             raise _check.error(name, "a table without gradient", "one that requires it")
-
-
-if _runtime.INTERPRET:
-
-    @triton.jit
-    def rounded(x, dtype: tl.constexpr):
-        """To the nearest, as a GPU does; the interpreter by itself truncates to bfloat16."""
-        if dtype == tl.bfloat16:
-            bits = x.to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-            x = bits.to(tl.float32, bitcast=True)
-        return x.to(dtype)
-
-else:
-
-    @triton.jit
-    def rounded(x, dtype: tl.constexpr):
-        return x.to(dtype)
 
 
 @triton.jit

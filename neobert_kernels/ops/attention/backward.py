@@ -4,6 +4,7 @@ docs/attention.md derives them with these symbols.
 """
 
 from neobert_kernels._triton import tl, triton
+from neobert_kernels.ops._rounding import rounded
 from neobert_kernels.ops.attention.device import (
     accumulate,
     load_rows,
@@ -17,7 +18,6 @@ from neobert_kernels.ops.attention.device import (
     within,
     zeros,
 )
-from neobert_kernels.ops.rope import rounded
 
 
 @triton.jit

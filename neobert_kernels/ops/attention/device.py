@@ -2,7 +2,8 @@
 
 from neobert_kernels import _runtime
 from neobert_kernels._triton import tl, triton
-from neobert_kernels.ops.rope import load_angles, load_pair, rotate, rounded, store_pair
+from neobert_kernels.ops._rounding import rounded
+from neobert_kernels.ops.rope import load_angles, load_pair, rotate, store_pair
 
 if _runtime.INTERPRET:
 

@@ -1,6 +1,7 @@
 """The forward kernel: one program per query tile and head, softmax online over the key tiles."""
 
 from neobert_kernels._triton import tl, triton
+from neobert_kernels.ops._rounding import rounded
 from neobert_kernels.ops.attention.device import (
     accumulate,
     bulk,
@@ -14,7 +15,6 @@ from neobert_kernels.ops.attention.device import (
     visible,
     zeros,
 )
-from neobert_kernels.ops.rope import rounded
 
 
 @triton.jit
