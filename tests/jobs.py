@@ -1,6 +1,10 @@
 """A small encoding job, and how it is killed."""
 
+from pathlib import Path
+
 from fake_encoder import FakeEncoder
+
+from neobert.outputs import sidecar
 
 TEXTS = [f"text {i} " + "word " * (i % 7) for i in range(18)]
 
@@ -15,3 +19,8 @@ def stop_after(texts: int) -> FakeEncoder:
             raise Killed
 
     return FakeEncoder(after_window=stop)
+
+
+def files_of(output: Path) -> dict[str, bytes]:
+    """Contents of an output and its description."""
+    return {path.name: path.read_bytes() for path in (output, sidecar(output)) if path.exists()}

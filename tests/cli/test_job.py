@@ -1,6 +1,5 @@
 """A job's output is whole or absent, and the same bytes however often the job was killed."""
 
-import errno
 import io
 import itertools
 import json
@@ -17,26 +16,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from fake_encoder import DIM, FakeEncoder, embed, run_job
-from jobs import TEXTS, Killed, stop_after
+from jobs import TEXTS, Killed, files_of, stop_after
 
 from neobert import outputs
 from neobert.inputs import Source, StreamSource, open_source
 from neobert.outputs import OutputError, Partial, partial_folder, read_description, sidecar
 from neobert.readers import InputError, ReadOptions
-
-
-def files_of(output: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (output, sidecar(output)) if path.exists()}
-
-
-@pytest.fixture
-def expected(source: Path, output: Path) -> dict[str, bytes]:
-    """The files of a run that nothing disturbed."""
-    run_job(source, output)
-    files = files_of(output)
-    for name in files:
-        (output.parent / name).unlink()
-    return files
 
 
 def test_npy_holds_the_rows_and_a_description(source: Path, tmp_path: Path) -> None:
@@ -262,76 +247,6 @@ def test_a_process_killed_by_signal_9_resumes_to_the_same_bytes(
     assert files_of(output) == expected
     assert "neobert: resuming at row 8" in capsys.readouterr().err
     assert seen == [4, 8, 10]  # ten of eighteen texts were left
-
-
-FULL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-from fake_encoder import run_job
-from neobert.cli import _explain
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-try:
-    run_job(Path(sys.argv[1]), Path(sys.argv[2]))
-except OSError as error:
-    print(*_explain(error))
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "limit", "texts"), [("out.npy", 2000, 79), ("out.parquet", 900, 19)]
-)
-def test_a_disk_that_takes_no_more_keeps_what_is_done(
-    name: str, limit: int, texts: int, source: Path, tmp_path: Path
-) -> None:
-    """A limit on file size stands for the full disk; .parquet meets it at the very end."""
-    output = tmp_path / name
-    source.write_text("\n".join(f"text {i}" for i in range(texts)))
-    command = [sys.executable, "-c", FULL_DISK, str(source), str(output), str(limit)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    rows = (limit - 128) // (4 * 4 * DIM) * 4 if name == "out.npy" else texts
-    assert f"{output}: File too large; {rows} rows are kept in {output}.partial" in done.stdout
-    assert done.stdout.endswith("make room and run the same command again to resume 1\n")
-    assert not output.exists()
-    run_job(source, output)
-    assert read_description(output)["rows"] == texts
-
-
-def test_no_space_left_is_one_line(
-    source: Path, output: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = outputs.write_all, itertools.count()
-
-    def full(file: Any, data: memoryview) -> None:
-        if next(calls) == 2:
-            real(file, data[:5])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(file, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(outputs, "write_all", full)
-        with pytest.raises(
-            OutputError, match=r"No space left on device; 8 rows are kept in .*resume"
-        ):
-            run_job(source, output)
-    run_job(source, output)
-    assert files_of(output) == expected
-
-
-def test_a_short_write_is_continued(tmp_path: Path) -> None:
-    class Narrow(io.BytesIO):
-        def write(self, data: Any) -> int:
-            return super().write(bytes(data[:3]))
-
-    file = Narrow()
-    outputs.write_all(file, memoryview(b"ten bytes!"))
-    assert file.getvalue() == b"ten bytes!"
 
 
 @pytest.mark.parametrize(
