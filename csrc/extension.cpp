@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "launch.h"
@@ -43,7 +44,10 @@ std::atomic<uint64_t> taken{0};  // calls that were not handed on
 
 bool use(uint32_t operators) { return chosen.load(std::memory_order_relaxed) & operators; }
 
-void check(AOTITorchError code) { STABLE_TORCH_ERROR_CODE_CHECK(code); }
+// Headers of 2.11 and of later versions name the macro for this differently.
+void check(AOTITorchError code) {
+  if (code != AOTI_TORCH_SUCCESS) throw std::runtime_error("neobert: a call of libtorch failed");
+}
 
 // A tensor that the stack, or one of our owners below, owns.
 struct Tensor {

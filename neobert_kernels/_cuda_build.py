@@ -25,6 +25,7 @@ KERNELS = ("norm.cu", "gated.cu", "rope.cu", "pool.cu", "runtime.cu")
 OPERATORS = "extension.cpp"
 # The library says of itself what it was made from, and is believed before it is loaded.
 ABOUT = re.compile(rb"neobert-cuda-extension\{source=(\w+) sm=([\d,]*)\}")
+ERROR = re.compile(r"\berror\b", re.IGNORECASE)  # not AOTITorchError, in a line that says where
 FLAGS = ("-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL")
 SEEN = ("-fPIC", "-fvisibility=hidden")  # what a shared library needs, and no more of it exported
 PACKAGE = Path(__file__).resolve().parent
@@ -244,7 +245,7 @@ def _run(command: Sequence[str | Path]) -> str:
     except OSError as error:
         raise BuildError(f"{command[0]}: expected to run, got {error}") from None
     if done.returncode:
-        lines = [line for line in done.stdout.splitlines() if "error" in line.lower()]
+        lines = [line for line in done.stdout.splitlines() if ERROR.search(line)]
         why = (lines or done.stdout.strip().splitlines() or ["no output"])[0]
         raise BuildError(f"{Path(command[0]).name}: exit code {done.returncode}, {why.strip()}")
     return done.stdout

@@ -87,8 +87,11 @@ def _row_dots(xs, ys, C: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _center(xs, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """``x - mean(x)`` of every chunk; 0, not minus the mean, in columns past the end."""
-    mean = _row_sums(xs, C, CHUNK) / C
+    """``x - mean(x)`` of every chunk; 0, not minus the mean, in columns past the end.
+
+    `/` may be off by two units in the last place, which a large mean would leave in every ``x``.
+    """
+    mean = tl.div_rn(_row_sums(xs, C, CHUNK), C * 1.0)
     centered = ()
     for j in tl.static_range(len(xs)):
         x = xs[j] - mean

@@ -61,8 +61,11 @@ def check_table(cos: Tensor, sin: Tensor, tokens: int, dim: int, where: torch.de
 
 @triton.jit
 def rotate(a, b, cos, sin):
-    """The pair ``(a, b)`` turned by the angle; all float32."""
-    return a * cos - b * sin, a * sin + b * cos
+    """The pair ``(a, b)`` turned by the angle; all float32.
+
+    Fused here, where a compiler may choose another product for every layout, and so other bits.
+    """
+    return tl.fma(a, cos, -(b * sin)), tl.fma(a, sin, b * cos)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 from covering import covering, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import assert_parity
+from parity import LONG_SUMS, assert_parity
 from torch.nn import functional as F
 
 import neobert_kernels as nk
@@ -81,6 +81,7 @@ def compare(q, d, temperature=0.07):
         lambda q, d: nk.info_nce(q, d, temperature),
         lambda q, d: nk.info_nce_reference(q, d, temperature),
         [q, d],
+        LONG_SUMS,
     )
 
 
@@ -351,16 +352,18 @@ def test_a_cuda_graph_replays_the_step(device):
 
 @pytest.mark.skipif(not CUDA, reason="needs 10 GB of GPU memory")
 def test_more_than_two_to_the_31_elements(device):
-    """The last documents of very many, all others far away from the only query."""
+    """The last document of very many is the query's; the first is its own, as are all others."""
     M, C = 2**31 // 768 + 3, 768
     d = torch.zeros(M, C, device=device, dtype=torch.bfloat16)
     d[:, 0] = 1
     d[-1, :2] = torch.tensor([0.0, 1.0])
     q = d[-1:].clone().requires_grad_()
     nk.info_nce(q, d, 0.07).backward()
-    expected = q.detach().clone().requires_grad_()
-    nk.info_nce_reference(expected, d, 0.07).backward()
-    torch.testing.assert_close(q.grad, expected.grad, rtol=2e-2, atol=1e-3)
+    near, far = math.exp(1 / 0.07), M - 1
+    expected = torch.zeros(1, C)
+    expected[0, 0] = (far / (near + far) - 1) / 0.07
+    # Tensor cores cut off what a sum has no digits for: of 40,000 equal parts in a row, 3 %.
+    torch.testing.assert_close(q.grad.cpu().float(), expected, rtol=5e-2, atol=1e-3)
 
 
 def test_compiles_to_one_graph(device):

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neobert_kernels import Packing, unpad
-from neobert_kernels._packed import document_of_token, full, restarting_positions
+from neobert_kernels._packed import (
+    document_of_token,
+    full,
+    restarting_positions,
+    unpad_by_host,
+)
+
+CUDA = torch.cuda.is_available()
 
 
 def mask_of(rows):
@@ -45,6 +52,20 @@ def test_boundaries_positions_and_lengths_agree_with_the_mask(rows):
     assert documents.tolist() == [b for b, n in enumerate(lengths) for _ in range(n)]
     restarts = restarting_positions(packing.cu_seqlens, sum(lengths))
     assert restarts.tolist() == [i for n in lengths for i in range(n)]
+
+
+@given(masks)
+def test_the_host_finds_the_same(rows):
+    """On a GPU small batches go there; the large ones, and all of a CPU's, stay."""
+    mask = mask_of(rows)
+    expected, found = unpad(mask), unpad_by_host(mask.to("cuda" if CUDA else "cpu"))
+    for name in ("indices", "cu_seqlens"):
+        theirs, ours = getattr(expected, name), getattr(found, name)
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours.cpu(), theirs)
+        assert ours.data_ptr() % 16 == 0 or not len(ours)  # or kernels would be others
+    assert found.max_seqlen == expected.max_seqlen
+    assert (found.batch_size, found.padded_length) == mask.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64], ids=str)

@@ -258,7 +258,7 @@ def test_threads_and_streams_get_their_own_results(stand_in):
 def test_memory_stays_bounded():
     model = patched_model()
     generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
+    for _ in range(300):  # by now it has as many graphs as it may
         model(**packed(random_lengths(generator, 60), generator))
     torch.cuda.synchronize()
     before = torch.cuda.memory_reserved()

@@ -12,6 +12,7 @@ it likes, SDPA asks the device for the lengths (a synchronization), and a compil
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,10 +99,19 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
     options: dict[str, Any] = {"scale": packed.scale}
     if packed.window is not None:
         options["window_size"] = (packed.window, packed.window)
-    if q.shape[1] != k.shape[1]:
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and _takes(varlen.varlen_attn, "enable_gqa"):
         options["enable_gqa"] = True
+    elif group > 1:
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     bounds, longest = packed.cu_seqlens, packed.max_seqlen
     return varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+
+
+@functools.cache
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether this version of a peer has a parameter."""
+    return name in inspect.signature(function).parameters
 
 
 def _flash_attn(deterministic: bool, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:

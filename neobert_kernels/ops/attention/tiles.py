@@ -102,6 +102,17 @@ def choose(D: int, dtype: torch.dtype, sm: int, longest: int, aligned: bool) -> 
     )  # fmt: skip
 
 
+# sm_90, 16 bits, head sizes to 64: the forward for documents up to `SHORT`, up to `TMA_FROM`, and
+# longer; the backward.
+SHORTEST = Tile(64, 64, 4, 3)
+MIDDLE = Tile(128, 64, 8, 3)
+LONG = Tile(128, 64, 8, 3, tma=True)
+DQ_SHORTEST = Tile(64, 64, 4, 2)
+DKV_SHORTEST = Tile(64, 64, 4, 2)
+DQ = Tile(128, 64, 8, 2)
+DKV = Tile(128, 64, 8, 2)
+
+
 @functools.cache
 def _choose(wide: bool, exact: bool, sm: int, short: bool, inside: bool, tma: bool) -> Tiles:
     if exact:
@@ -112,6 +123,10 @@ def _choose(wide: bool, exact: bool, sm: int, short: bool, inside: bool, tma: bo
             return Tiles(forward, Tile(16, 16, 8, 1), forward, inside, inside)
         forward = tile(32, 32)
         return Tiles(forward, forward, tile(32, 16), inside, inside)
+    if sm == 90 and not wide:
+        if short:
+            return Tiles(SHORTEST, DQ_SHORTEST, DKV_SHORTEST, inside, inside)
+        return Tiles(LONG if tma else MIDDLE, DQ, DKV, inside, inside)
     # One warp to 16 rows, the least that a tensor core takes; 4 warps share a Hopper instruction.
     outer, warps = (64, 4) if short else (128, 8)
     if sm < 90 or sm >= 120:  # products out of registers: the backward has none to turn rows in
