@@ -4,14 +4,16 @@ python benchmarks/gpu_tune.py --output build/gpu
 
 For each operator's case (`operator_cases`) and each of its knobs (`tuning`): the values near the
 default, one at a time, then those near the best, each with the same outputs as the default within
-rounding, forward and backward apart, all interleaved. A value is proposed where its third quartile
-is below the default's first. ``tune-<device>.json`` has every measurement, ``tune-<device>.md`` the
-proposals; both are rewritten after each knob, and a second run goes on where the first one ended.
+rounding, forward and backward apart, all interleaved. Before anything is timed, processes side by
+side compile what will be. A value is proposed where its third quartile is below the default's
+first. ``tune-<device>.json`` has every measurement, ``tune-<device>.md`` the proposals; both are
+rewritten after each knob, and a second run goes on where the first one ended.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +31,8 @@ from neobert_kernels import _runtime
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 LEAST_S = 10.0
-MOST_CANDIDATES = 24
+MOST_CANDIDATES = 36
+SHARE_TO_COMPILE = 1 / 3  # of the time, at most
 
 
 class Tuner:
@@ -106,6 +109,15 @@ class Tuner:
             )
         return found
 
+    def compile(self, knob: Knob) -> None:
+        """Put the kernels of what `sweep` tries first into Triton's cache."""
+        with recorded(knob) as seen:
+            self.both()
+        for arguments, default in seen.items():
+            for value in [*candidates(knob, default).values()][:MOST_CANDIDATES]:
+                if value != default:
+                    self.fault(knob, answering(knob, arguments, value))
+
     def measure(
         self, knob: Knob, arguments: tuple[Any, ...], options: dict[str, Any], quick: bool,
         left_s: Callable[[], float],
@@ -137,6 +149,28 @@ class Tuner:
         for label in values:
             found[label] = {"value": repr(options[label]), **verdict(times, label)}
         return found
+
+
+def compile_side_by_side(arguments: list[str], jobs: int, left_s: float) -> None:
+    """Other processes of this program, which compile and time nothing; those that are late end."""
+    command = [sys.executable, __file__, *arguments]
+    running = [
+        subprocess.Popen(
+            [*command, "--compile-part", f"{part}/{jobs}"], stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
+        )
+        for part in range(jobs)
+    ]  # fmt: skip
+    ends = time.monotonic() + left_s
+    try:
+        for process in running:
+            process.wait(max(0.0, ends - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def verdict(times: dict[str, dict[str, Timing]], label: str) -> dict[str, Any]:
@@ -188,6 +222,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--deadline-s", type=float, default=510.0)
     parser.add_argument("--operator", action="append", help="only this one; may be repeated")
     parser.add_argument("--stand-in", action="store_true", help="try it out where no GPU is")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="that compile")
+    parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "K/N": of its own processes
     args = parser.parse_args(argv)
     if args.stand_in:
         if not _runtime.INTERPRET:
@@ -222,6 +258,14 @@ def main(argv: list[str] | None = None) -> int:
         evidence.write_json(path, document)
         stem.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
 
+    if args.compile_part:
+        part, parts = map(int, args.compile_part.split("/"))
+        for operator, case, knob in pending[part::parts]:
+            Tuner(operator, case, device, size).compile(knob)
+        return 0
+    if pending and args.jobs > 1 and not args.stand_in:
+        own = sys.argv[1:] if argv is None else argv
+        compile_side_by_side(own, args.jobs, args.deadline_s * SHARE_TO_COMPILE)
     number, tuner, current = 0, None, ("", "")
     for number, (operator, case, knob) in enumerate(pending):  # noqa: B007
         if ends - time.monotonic() < LEAST_S:

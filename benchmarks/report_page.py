@@ -7,6 +7,8 @@ is marked with ~, one whose GPU waited for the host with *.
 import base64
 import html
 import importlib.util
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from neobert.floors import ARCHITECTURES, GPUS, Gpu, forward
 from neobert.tables import Table
 
 NOT_MEASURED = "not measured"
+PICTURE = re.compile(r"\]\(([\w.-]+\.png)\)")  # as report.md shows one
 MARKS = "~: quartiles more than a fifth of the median apart. *: the GPU waited for the host."
 
 
@@ -53,8 +56,11 @@ def write(folder: Path, output: Path) -> list[Path]:
     if drawing:
         from report_plots import plots
 
+        seen: Counter[str] = Counter()
         for number, group in enumerate(found):
-            stem = evidence.slug(group.title) + f"-{number}" * (number > 0)
+            device = evidence.slug(group.title)
+            stem = device + f"-{seen[device]}" * (seen[device] > 0)
+            seen[device] += 1
             for name, png in plots(group).items():
                 path = output / f"{stem}-{name}.png"
                 path.write_bytes(png)
@@ -63,6 +69,10 @@ def write(folder: Path, output: Path) -> list[Path]:
     markdown = [_markdown(group, number, images, drawing) for number, group in enumerate(found)]
     pages = [_html(group, number, images, drawing) for number, group in enumerate(found)]
     text, page = output / "report.md", output / "report.html"
+    if drawing and text.exists():  # pictures of the last report that this one does not have
+        for name in set(PICTURE.findall(text.read_text(encoding="utf-8"))):
+            if output / name not in written:
+                (output / name).unlink(missing_ok=True)
     write_atomically(text, f"# Benchmarks\n\n{MARKS}\n\n" + "\n".join(markdown))
     write_atomically(page, _PAGE.format(marks=MARKS, body="\n".join(pages)))
     return [text, page, *written]

@@ -75,6 +75,23 @@ KNOBS: tuple[Knob, ...] = (
 )
 
 
+# Tiles of attention that several changes lie between: cuDNN's cut of the forward on Hopper (64 x
+# 128 for 4 warps), others with as many registers a lane, and warps of two kinds.
+FAR: dict[str, tuple[tiles.Tile, ...]] = {
+    "forward": (
+        *(
+            tiles.Tile(outer, inner, warps, 2, tma=tma)
+            for outer, inner, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8))
+            for tma in (False, True)
+        ),
+        tiles.SPECIALIZED,
+        tiles.Tile(64, 128, 4, 2, tma=True, specialized=True),
+    ),
+    "dq": (tiles.Tile(64, 64, 4, 2), tiles.Tile(64, 128, 4, 1), tiles.Tile(128, 32, 8, 3)),
+    "dkv": (tiles.Tile(64, 64, 4, 2), tiles.Tile(64, 32, 4, 3), tiles.Tile(128, 32, 8, 3)),
+}
+
+
 @contextlib.contextmanager
 def recorded(knob: Knob) -> Iterator[dict[tuple[Any, ...], Any]]:
     """What the knob says, by its arguments, while the block runs; a constant under ``()``."""
@@ -124,8 +141,11 @@ def candidates(knob: Knob, value: Any) -> dict[str, Any]:
     if not knob.part:
         return dict(_near(value, "", fixed))
     near = dict(_near(getattr(value, knob.part), knob.part, fixed))
-    if knob.part == "forward":
-        near["forward=specialized"] = tiles.SPECIALIZED
+    for tile in FAR.get(knob.part, ()):
+        if tile != getattr(value, knob.part) and tile not in near.values():
+            label = f"{tile.outer} x {tile.inner}, {tile.warps} warps, {tile.stages} stages"
+            label += ", TMA" * tile.tma + ", specialized" * tile.specialized
+            near[f"{knob.part}={label}"] = tile
     return {label: dataclasses.replace(value, **{knob.part: part}) for label, part in near.items()}
 
 

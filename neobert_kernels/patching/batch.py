@@ -103,7 +103,7 @@ def read_batch(
         _check.device("attention_mask", attention_mask, tokens.device)
         packing = unpad(attention_mask)
     if position_ids is None:
-        positions = packing.positions + first
+        positions = packing.positions + first if first else packing.positions
     else:
         positions = packing.pack(position_ids.expand(rows, length))
     return Batch(packing.cu_seqlens, packing.max_seqlen, positions, packing)

@@ -83,10 +83,24 @@ def padded_bounds(cu_seqlens: Tensor, tokens: int, bucket: Bucket) -> Tensor:
         cu_seqlens: ``[B + 1]``.
         tokens: T, which a GPU is not asked for.
     """
-    others = bucket.documents + 1 - len(cu_seqlens)
-    behind = torch.arange(1, others + 1, dtype=torch.int32, device=cu_seqlens.device)
-    behind = (behind * bucket.piece).clamp_(max=bucket.tokens - tokens) + tokens
-    return torch.cat([cu_seqlens, behind])
+    bounds = cu_seqlens.new_empty(bucket.documents + 1)
+    lay_bounds(bounds, pieces(bucket, cu_seqlens.device), cu_seqlens, tokens, bucket)
+    return bounds
+
+
+def pieces(bucket: Bucket, device: torch.device) -> Tensor:
+    """``[bucket.documents]`` int32: where documents of padding end, from the batch's end on."""
+    many = torch.arange(1, bucket.documents + 1, dtype=torch.int32, device=device)
+    return many * bucket.piece
+
+
+def lay_bounds(
+    bounds: Tensor, ends: Tensor, cu_seqlens: Tensor, tokens: int, bucket: Bucket
+) -> None:
+    """Write `padded_bounds` into ``bounds``, in three launches; ``ends`` are its `pieces`."""
+    own, behind = bounds.tensor_split([len(cu_seqlens)])
+    own.copy_(cu_seqlens)
+    torch.add(ends[: len(behind)], tokens, out=behind).clamp_(max=bucket.tokens)
 
 
 class Recorder(Protocol):
@@ -122,6 +136,7 @@ class _Entry:
     tokens: Tensor
     positions: Tensor
     cu_seqlens: Tensor
+    pieces: Tensor  # of its bucket
     extras: dict[str, Tensor]
     recorder: Recorder
 
@@ -156,9 +171,9 @@ class Graphs:
         self.addresses = self._addresses()
 
     def _addresses(self) -> tuple[list[int], list[int]]:
-        """Which weights there are and where: at every call, so without a loop in Python."""
+        """Which weights there are and where: at every call, so with little Python."""
         found = itertools.chain.from_iterable(map(dict.values, self.weights))
-        weights = list(filter(torch.is_tensor, found))
+        weights = [weight for weight in found if weight is not None]
         return list(map(id, weights)), list(map(Tensor.data_ptr, weights))
 
     def run(
@@ -187,7 +202,7 @@ class Graphs:
             self.entries[key] = entry  # now the most recently used
             entry.tokens[:T].copy_(tokens)
             entry.positions[:T].copy_(batch.positions)
-            entry.cu_seqlens.copy_(padded_bounds(batch.cu_seqlens, T, bucket))
+            lay_bounds(entry.cu_seqlens, entry.pieces, batch.cu_seqlens, T, bucket)
             for name, value in extras.items():
                 entry.extras[name][:T].copy_(value)
             entry.recorder.replay()
@@ -222,10 +237,11 @@ class Graphs:
 
         own, positions = whole(tokens), whole(batch.positions)
         kinds = {name: whole(value) for name, value in extras.items()}
-        bounds = padded_bounds(batch.cu_seqlens, len(tokens), bucket).clone()
+        bounds = padded_bounds(batch.cu_seqlens, len(tokens), bucket)
+        ends = pieces(bucket, bounds.device)
         static = Batch(bounds, bucket.max_seqlen, positions, None)
         recorder = self.record(lambda: forward(own, static, kinds), self.pool)
-        return _Entry(own, positions, bounds, kinds, recorder)
+        return _Entry(own, positions, bounds, ends, kinds, recorder)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model records graphs of its own."""

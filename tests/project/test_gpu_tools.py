@@ -89,6 +89,31 @@ def test_a_stage_ends_by_the_deadline_with_its_children(
     assert code == 0
 
 
+def test_stages_run_side_by_side_and_after_what_they_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two wait for each other's file, which one after the other could not; a third for both."""
+    monkeypatch.setattr(gpu_test, "LEAST_S", 0.5)
+    files = [str(tmp_path / name) for name in "ab"]
+    meet = (
+        "import pathlib, time; pathlib.Path({!r}).touch(); p = pathlib.Path({!r})\n"
+        "for _ in range(600): p.exists() or time.sleep(0.05)\nprint(p.exists())"
+    )
+    stage_a, stage_b = (
+        Stage(name, (*SAY, meet.format(*pair))) for name, pair in (("a", files), ("b", files[::-1]))
+    )
+    last = Stage("last", (*SAY, "print('last')"), after="b")
+    code, found = stages(
+        tmp_path, monkeypatch, last, stage_a, stage_b, lanes=3, **{"deadline-s": 60}
+    )
+    assert code == 0
+    summaries = {name: result["summary"] for name, result in found["stages"].items()}
+    assert summaries == {"a": "True", "b": "True", "last": "last"}
+    log = (tmp_path / "gpu-test.log").read_text()
+    assert log.index("===== b:") < log.index("===== last:")
+    assert not list(tmp_path.glob("*.part"))
+
+
 def test_a_second_run_keeps_what_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mark = tmp_path / "mark"
     append = f"open({str(mark)!r}, 'a').write('x'); raise SystemExit({{}})"
@@ -144,7 +169,7 @@ def test_candidates_differ_in_one_number_and_keep_what_the_shape_decides() -> No
         if knob.name == "choose"
         for label, value in tuning.candidates(knob, tile).items()
     }
-    assert {"forward.stages=4", "turn_inside=True", "forward=specialized"} <= labels.keys()
+    assert {"forward.stages=4", "turn_inside=True"} <= labels.keys()
     assert {"dq.inner=128", "dkv.registers=128"} <= labels.keys()
     assert not any("search" in label for label in labels)
     assert all(isinstance(value, tiles.Tiles) and value != tile for value in labels.values())
@@ -184,6 +209,36 @@ def test_a_value_is_proposed_only_beyond_the_spread() -> None:
     assert verdict(0.8, 0.75, 0.85)
     assert not verdict(0.8, 0.7, 0.96)
     assert not verdict(0.8, 0.75, 0.85, forward=1.2)  # pays for itself in the forward alone
+
+
+def test_far_tiles_are_tried_and_none_twice() -> None:
+    pytest.importorskip("triton")
+    from neobert_kernels.ops.attention import tiles
+
+    default = tiles.choose(64, torch.bfloat16, 90, 4096, True)
+    for part, far in tuning.FAR.items():
+        knob = next(k for k in tuning.KNOBS if k.part == part)
+        tried = [getattr(value, part) for value in tuning.candidates(knob, default).values()]
+        assert set(far) - {getattr(default, part)} <= set(tried)
+        assert len(set(tried)) == len(tried)
+        assert len(tried) <= gpu_tune.MOST_CANDIDATES
+
+
+def test_processes_compile_their_parts_and_late_ones_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import pathlib, sys, time\n"
+        "part = sys.argv[-1]\n"
+        "pathlib.Path(sys.argv[1], part.replace('/', 'of')).touch()\n"
+        "time.sleep(600 if part == '1/2' else 0)\n"
+    )
+    monkeypatch.setattr(gpu_tune, "__file__", str(program))
+    began = time.monotonic()
+    gpu_tune.compile_side_by_side([str(tmp_path)], 2, 5.0)
+    assert time.monotonic() - began < 60
+    assert {path.name for path in tmp_path.glob("?of2")} == {"0of2", "1of2"}
 
 
 def test_unknown_operators_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,6 +163,19 @@ def test_every_plot_is_drawn(tmp_path: Path) -> None:
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths if p.suffix == ".png")
 
 
+def test_a_new_report_leaves_no_picture_of_the_last_one(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    everything(tmp_path)
+    out = tmp_path / "out"
+    before = {path.name for path in report_page.write(tmp_path, out)}
+    (out / "own.png").touch()  # nobody's but the reader's
+    (tmp_path / "device" / "all.json").unlink()
+    file(tmp_path, "few.json", [entry("rms_norm", "x", OPERATOR)], machine=H200)
+    after = {path.name for path in report_page.write(tmp_path, out)}
+    assert after < before
+    assert {path.name for path in out.iterdir()} == after | {"own.png"}
+
+
 @pytest.mark.parametrize("other", [{"machine": H200}, {"quick": True}], ids=["machine", "quick"])
 def test_machines_and_quick_runs_are_apart(tmp_path: Path, other: dict[str, Any]) -> None:
     file(tmp_path, "one.json", [entry("rms_norm", "x", OPERATOR)])
