@@ -108,7 +108,7 @@ def _scale(xs, row, rows, eps, C: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def forward_kernel(
+def norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, rows, x_stride, residual_stride, eps,
     C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
     CENTERED: tl.constexpr,
@@ -145,7 +145,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def backward_kernel(
+def norm_backward_kernel(
     dy_ptr, dh_ptr, x_ptr, weight_ptr, dx_ptr, partial_ptr, rows, dy_stride, dh_stride, x_stride,
     eps, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr, CENTERED: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -208,7 +208,7 @@ def backward_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def total_kernel(
+def norm_total_kernel(
     partial_ptr, dweight_ptr, dbias_ptr, parts, C: tl.constexpr, COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -332,7 +332,7 @@ def forward(
 @functools.lru_cache(MOST_PREPARED)
 def _prepared_forward(plan: Plan, C: int, centered: bool) -> Prepared:
     return Prepared(
-        forward_kernel, plan.tile.constexprs(C) | {"CENTERED": centered},
+        norm_forward_kernel, plan.tile.constexprs(C) | {"CENTERED": centered},
         num_warps=plan.tile.warps, maxnreg=plan.registers, **_runtime.FP_FUSION,
     )  # fmt: skip
 
@@ -370,14 +370,14 @@ def backward(
 def _prepared_backward(plan: Plan, C: int, centered: bool, with_bias: bool) -> Prepared:
     flags = {"STAGES": plan.stages, "CENTERED": centered, "HAS_BIAS": with_bias}
     return Prepared(
-        backward_kernel, plan.tile.constexprs(C) | flags,
+        norm_backward_kernel, plan.tile.constexprs(C) | flags,
         num_warps=plan.tile.warps, maxnreg=plan.registers, **_runtime.FP_FUSION,
     )  # fmt: skip
 
 
 @functools.lru_cache(MOST_PREPARED)
 def _prepared_total(C: int, **tile: int) -> Prepared:
-    return Prepared(total_kernel, {"C": C, **tile}, num_warps=4, **_runtime.FP_FUSION)
+    return Prepared(norm_total_kernel, {"C": C, **tile}, num_warps=4, **_runtime.FP_FUSION)
 
 
 WIDTHS = (256, 384, 760, 768, 1024, 1152, 1792, 2304, 4096)
@@ -397,8 +397,8 @@ def launches(name: str, added: bool, centered: bool) -> Iterator[_runtime.Launch
         types = dict.fromkeys(("weight_ptr", "bias_ptr"), f"*{weight}") | {"partial_ptr": "*fp32"}
         back = backward_plan(C, dtype.itemsize, 2 + added, 1 + centered)
         for kernel, plan, more in (
-            (forward_kernel, forward_plan(C, dtype.itemsize), {}),
-            (backward_kernel, back, {"STAGES": back.stages, "HAS_BIAS": centered}),
+            (norm_forward_kernel, forward_plan(C, dtype.itemsize), {}),
+            (norm_backward_kernel, back, {"STAGES": back.stages, "HAS_BIAS": centered}),
         ):
             names = [p.name for p in kernel.params]
             absent = {n: None for n in missing if n in names and n.endswith("_ptr")}
@@ -425,9 +425,9 @@ def launches(name: str, added: bool, centered: bool) -> Iterator[_runtime.Launch
 
 def total_launch(name: str, with_bias: bool) -> _runtime.Launch:
     types = {"partial_ptr": "*fp32"} | ({} if with_bias else {"dbias_ptr": "constexpr"})
-    signature = _runtime.signature(total_kernel, torch.bfloat16, **types)
+    signature = _runtime.signature(norm_total_kernel, torch.bfloat16, **types)
     return _runtime.Launch(
-        kernel=total_kernel,
+        kernel=norm_total_kernel,
         name=f"{name}_total",
         case="C=768 bf16",
         signature=signature,
@@ -437,4 +437,4 @@ def total_launch(name: str, with_bias: bool) -> _runtime.Launch:
     )
 
 
-KERNELS = (forward_kernel, backward_kernel, total_kernel)
+KERNELS = (norm_forward_kernel, norm_backward_kernel, norm_total_kernel)

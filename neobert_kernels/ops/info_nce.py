@@ -106,7 +106,7 @@ def _apart(products, missing, scale, low, to, EXACT: tl.constexpr, WIDE: tl.cons
 
 
 @triton.jit(do_not_specialize=["N", "M", "share"])
-def _forward_kernel(
+def _info_nce_forward_kernel(
     q_ptr, d_ptr, q_scale_ptr, d_scale_ptr, largest_ptr, others_ptr, own_ptr, N, M, share,
     q_stride, d_stride, C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
@@ -149,7 +149,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["A", "B", "N"])
-def _backward_kernel(
+def _info_nce_backward_kernel(
     a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, largest_ptr, total_ptr, others_ptr, upstream_ptr,
     da_ptr, A, B, N, a_stride, b_stride, temperature, C: tl.constexpr, BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -289,7 +289,7 @@ def _launch_forward(
     shares = triton.cdiv(M, share)
     own = q.new_zeros((2, N), dtype=torch.float32)
     larges, shared = q.new_empty((2, shares, N), dtype=torch.float32)
-    _forward_kernel[(blocks, shares)](
+    _info_nce_forward_kernel[(blocks, shares)](
         q, d, q_scale, d_scale, larges, shared, own, N, M, share, q.stride(0), d.stride(0),
         **tile.constexprs(C), WIDE=_runtime.INTERPRET,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
@@ -329,7 +329,7 @@ def _launch_backward(
     da = a.new_empty((A, C))
     tile = choice(a.element_size(), backward=True)
     count = chunks(C, tile.chunk)
-    _backward_kernel[(triton.cdiv(A, tile.a), triton.cdiv(C, count * tile.chunk))](
+    _info_nce_backward_kernel[(triton.cdiv(A, tile.a), triton.cdiv(C, count * tile.chunk))](
         a, b, a_scale, b_scale, largest, total, others, upstream, da, A, B, len(queries),
         a.stride(0), b.stride(0), temperature, **tile.constexprs(C), CHUNK=tile.chunk, CHUNKS=count,
         QUERIES=of_queries, SCALED=a.dtype == torch.float16, WIDE=_runtime.INTERPRET,
@@ -436,7 +436,10 @@ def _launches(sm: int) -> Iterator[_runtime.Launch]:
     for dtype in _check.DTYPES:
         more = {torch.bfloat16: 1024, torch.float32: 48}.get(dtype)
         for C in (768, more) if more else (768,):
-            for kernel, backward in ((_forward_kernel, False), (_backward_kernel, True)):
+            for kernel, backward in (
+                (_info_nce_forward_kernel, False),
+                (_info_nce_backward_kernel, True),
+            ):
                 tile = choice(dtype.itemsize, backward)
                 for queries in (True, False) if backward and C == 768 else (True,):
                     flags: dict[str, int] = {"WIDE": False}
@@ -460,4 +463,6 @@ def _launches(sm: int) -> Iterator[_runtime.Launch]:
                     )
 
 
-_runtime.operator(info_nce, info_nce_reference, (_forward_kernel, _backward_kernel), _launches)
+_runtime.operator(
+    info_nce, info_nce_reference, (_info_nce_forward_kernel, _info_nce_backward_kernel), _launches
+)

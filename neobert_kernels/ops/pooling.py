@@ -90,7 +90,7 @@ def _ended(token, document, cu_seqlens_ptr, B):
 
 
 @triton.jit(do_not_specialize=["B"])
-def _sum_kernel(
+def _pool_sum_kernel(
     x_ptr, cu_seqlens_ptr, partial_ptr, y_ptr, B, x_stride,
     C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
     KEEP: tl.constexpr,
@@ -143,7 +143,7 @@ def _pooled(
 
 
 @triton.jit
-def _finish_kernel(
+def _pool_finish_kernel(
     source_ptr, cu_seqlens_ptr, y_ptr, unit_ptr, norm_ptr, stride, C: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, PART: tl.constexpr,
     MEAN: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -184,7 +184,7 @@ def _finish_kernel(
 
 
 @triton.jit
-def _project_kernel(
+def _pool_project_kernel(
     dy_ptr, unit_ptr, norm_ptr, dm_ptr, dy_stride, C: tl.constexpr, CHUNK: tl.constexpr
 ):
     """The gradient of one pooled vector, back through its normalization, in float32.
@@ -211,7 +211,7 @@ def _project_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "B"])
-def _backward_kernel(
+def _pool_backward_kernel(
     dm_ptr, cu_seqlens_ptr, dx_ptr, T, B, dm_stride, C: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
@@ -278,12 +278,12 @@ def _launch(x: Tensor, cu_seqlens: Tensor, mean: bool, normalize: bool) -> Outpu
     if mean:
         numbers = T // PART + B
         source, stride = x.new_empty((numbers, C), dtype=torch.float32), C
-        _sum_kernel[(numbers, chunks)](
+        _pool_sum_kernel[(numbers, chunks)](
             x, cu_seqlens, source, y, B, x.stride(0), C, PART=PART, KEEP=normalize,
             **moves, num_warps=1, **_runtime.FP_FUSION,
         )  # fmt: skip
     span = finish_span(chunks, mean)
-    _finish_kernel[(B, 1 if normalize else triton.cdiv(chunks, span))](
+    _pool_finish_kernel[(B, 1 if normalize else triton.cdiv(chunks, span))](
         source, cu_seqlens, y, unit, norm, stride, C, SPAN=span, PART=PART, MEAN=mean,
         NORMALIZE=normalize, **moves, num_warps=1, **_runtime.FP_FUSION,
     )  # fmt: skip
@@ -311,11 +311,11 @@ def _launch_backward(
     moves, size = tile(dy.element_size(), backward=True), dy.element_size()
     if normalize:
         dm = dy.new_empty((B, C), dtype=torch.float32)
-        _project_kernel[(B,)](
+        _pool_project_kernel[(B,)](
             dy, unit, norm, dm, dy.stride(0), C, moves["CHUNK"], num_warps=1, **_runtime.FP_FUSION,
         )  # fmt: skip
     span = min(_chunks(C, size), SPAN)
-    _backward_kernel[(triton.cdiv(T, moves["ROWS"]), triton.cdiv(_chunks(C, size), span))](
+    _pool_backward_kernel[(triton.cdiv(T, moves["ROWS"]), triton.cdiv(_chunks(C, size), span))](
         dm, cu_seqlens, dx, T, B, dm.stride(0), C, SPAN=span, MEAN=mean,
         **moves, num_warps=WARPS, **_runtime.FP_FUSION,
     )  # fmt: skip
@@ -412,7 +412,7 @@ def _launches(mean: bool) -> Iterator[_runtime.Launch]:
     ) -> _runtime.Launch:  # fmt: skip
         signature = _runtime.signature(kernel, dtype, **floats | (types or {}))
         span = min(_chunks(768, dtype.itemsize), SPAN)
-        moves = tile(dtype.itemsize, backward=kernel is _backward_kernel)
+        moves = tile(dtype.itemsize, backward=kernel is _pool_backward_kernel)
         constexprs = {"C": 768, **moves, "SPAN": span, "PART": PART, **flags}
         names = [p.name for p in kernel.params if p.is_constexpr]
         return _runtime.Launch(
@@ -425,15 +425,17 @@ def _launches(mean: bool) -> Iterator[_runtime.Launch]:
         for normalize in (False, True) if dtype != torch.float16 else (False,):
             case = " normalized" * normalize
             if mean:
-                yield launch(_sum_kernel, "sum", case, dtype, KEEP=normalize)
+                yield launch(_pool_sum_kernel, "sum", case, dtype, KEEP=normalize)
             wide = {"source_ptr": "*fp32"} if mean else {}
             flags: dict[str, int] = {"MEAN": mean, "NORMALIZE": normalize}
             flags["SPAN"] = finish_span(_chunks(768, dtype.itemsize), mean)
-            yield launch(_finish_kernel, "finish", case, dtype, types=wide, **flags)
+            yield launch(_pool_finish_kernel, "finish", case, dtype, types=wide, **flags)
             wide = {"dm_ptr": "*fp32"} if normalize else {}
-            yield launch(_backward_kernel, "backward", case, dtype, WARPS, types=wide, MEAN=mean)
+            yield launch(
+                _pool_backward_kernel, "backward", case, dtype, WARPS, types=wide, MEAN=mean
+            )
         wide = {"dm_ptr": "*fp32"}
-        yield launch(_project_kernel, "project", "", dtype, types=wide)
+        yield launch(_pool_project_kernel, "project", "", dtype, types=wide)
 
 
 def _mean_pool_launches(sm: int) -> Iterator[_runtime.Launch]:
@@ -444,6 +446,6 @@ def _first_pool_launches(sm: int) -> Iterator[_runtime.Launch]:
     yield from _launches(False)
 
 
-_SHARED = (_finish_kernel, _project_kernel, _backward_kernel)
-_runtime.operator(mean_pool, mean_pool_reference, (_sum_kernel, *_SHARED), _mean_pool_launches)
+_SHARED = (_pool_finish_kernel, _pool_project_kernel, _pool_backward_kernel)
+_runtime.operator(mean_pool, mean_pool_reference, (_pool_sum_kernel, *_SHARED), _mean_pool_launches)
 _runtime.operator(first_pool, first_pool_reference, _SHARED, _first_pool_launches)

@@ -207,7 +207,7 @@ def _cos_sin(angle):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _table_kernel(
+def _rope_table_kernel(
     positions_ptr, cos_ptr, sin_ptr, tokens, theta,
     D: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -318,7 +318,7 @@ def _launch_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Te
     cos, sin = _fake_table(positions, dim, theta)
     if T:
         tile = choice(dim, 4)
-        _table_kernel[(triton.cdiv(T, tile.tokens),)](
+        _rope_table_kernel[(triton.cdiv(T, tile.tokens),)](
             positions.contiguous(), cos, sin, T, float(theta), D=dim, HALF=tile.half,
             TOKENS=tile.tokens, num_warps=tile.warps, **_runtime.FP_FUSION,
         )  # fmt: skip
@@ -477,10 +477,10 @@ def _table_launches(sm: int) -> Iterator[_runtime.Launch]:
     for D in (64, 128):
         tile = choice(D, 4)
         signature = _runtime.signature(
-            _table_kernel, torch.float32, positions_ptr="*i64", theta="fp32"
+            _rope_table_kernel, torch.float32, positions_ptr="*i64", theta="fp32"
         )
         yield _runtime.Launch(
-            kernel=_table_kernel,
+            kernel=_rope_table_kernel,
             name="rope_table",
             case=f"D={D}",
             signature=signature,
@@ -491,5 +491,5 @@ def _table_launches(sm: int) -> Iterator[_runtime.Launch]:
         )
 
 
-_runtime.operator(rope_table, rope_table_reference, (_table_kernel,), _table_launches)
+_runtime.operator(rope_table, rope_table_reference, (_rope_table_kernel,), _table_launches)
 _runtime.operator(rope, rope_reference, (_rope_kernel,), _rope_launches)

@@ -82,7 +82,7 @@ def _activate(g, GELU: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _forward_kernel(
+def _gated_forward_kernel(
     g_ptr, b_ptr, y_ptr, rows, g_stride, b_stride,
     F: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _backward_kernel(
+def _gated_backward_kernel(
     dy_ptr, g_ptr, b_ptr, dg_ptr, db_ptr, rows, dy_stride, g_stride, b_stride, d_stride,
     F: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +155,7 @@ def _launch(
 
 @functools.lru_cache(MOST_PREPARED)
 def _prepared(backward: bool, tile: Choice, F: int, gelu: bool) -> Prepared:
-    kernel = _backward_kernel if backward else _forward_kernel
+    kernel = _gated_backward_kernel if backward else _gated_forward_kernel
     return Prepared(kernel, tile.constexprs(F, gelu), num_warps=tile.warps, **_runtime.FP_FUSION)
 
 
@@ -379,7 +379,10 @@ def _launches(name: str, gelu: bool) -> Iterator[_runtime.Launch]:
     cases = [(torch.bfloat16, F) for F in WIDTHS]
     for dtype, F in [*cases, (torch.float16, 2048), (torch.float32, 2048)]:
         tile = choice(F, dtype.itemsize)
-        for kernel, direction in ((_forward_kernel, "forward"), (_backward_kernel, "backward")):
+        for kernel, direction in (
+            (_gated_forward_kernel, "forward"),
+            (_gated_backward_kernel, "backward"),
+        ):
             signature = _runtime.signature(kernel, dtype)
             yield _runtime.Launch(
                 kernel=kernel,
@@ -392,7 +395,7 @@ def _launches(name: str, gelu: bool) -> Iterator[_runtime.Launch]:
             )
 
 
-KERNELS = (_forward_kernel, _backward_kernel)
+KERNELS = (_gated_forward_kernel, _gated_backward_kernel)
 _runtime.operator(swiglu, swiglu_reference, KERNELS, lambda sm: _launches("swiglu", False))
 _runtime.operator(geglu, geglu_reference, KERNELS, lambda sm: _launches("geglu", True))
 _runtime.operator(silu_mul, silu_mul_reference, KERNELS, lambda sm: _launches("silu_mul", False))

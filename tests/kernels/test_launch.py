@@ -77,14 +77,14 @@ def test_a_binary_that_was_kept_starts_as_triton_would_start_it(gpu, monkeypatch
 
 
 def counted(monkeypatch):
-    """Calls of `forward_kernel` through Triton."""
-    calls, run = [], _norms.forward_kernel.run
+    """Calls of `norm_forward_kernel` through Triton."""
+    calls, run = [], _norms.norm_forward_kernel.run
 
     def counting(*args, **kwargs):
         calls.append(args)
         return run(*args, **kwargs)
 
-    monkeypatch.setattr(_norms.forward_kernel, "run", counting)
+    monkeypatch.setattr(_norms.norm_forward_kernel, "run", counting)
     return calls
 
 
@@ -109,11 +109,11 @@ def test_a_hook_of_triton_runs(gpu):
     seen = []
     with torch.no_grad():
         nk.rms_norm(rows(5, 32), torch.ones(32))
-        _norms.forward_kernel.add_pre_run_hook(lambda *args, **kwargs: seen.append(args))
+        _norms.norm_forward_kernel.add_pre_run_hook(lambda *args, **kwargs: seen.append(args))
         try:
             nk.rms_norm(rows(5, 32), torch.ones(32))
         finally:
-            _norms.forward_kernel.pre_run_hooks.clear()
+            _norms.norm_forward_kernel.pre_run_hooks.clear()
     assert len(seen) == 1
 
 

@@ -46,7 +46,7 @@ def _add_dq(
 
 
 @triton.jit(do_not_specialize=["tokens", "documents", "window"])
-def dq_kernel(
+def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, cu_seqlens_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr,
     dq_ptr, tokens, documents, window, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
     v_stride_t, v_stride_h, dout_stride_t, dout_stride_h, dq_stride_t, dq_stride_h,
@@ -113,7 +113,7 @@ def dq_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "documents", "window"])
-def dkv_kernel(
+def attention_dkv_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, cu_seqlens_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr,
     dv_ptr, tokens, documents, window, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
     v_stride_t, v_stride_h, dout_stride_t, dout_stride_h, dk_stride_t, dk_stride_h, dv_stride_t,

@@ -57,7 +57,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["tokens", "documents", "window"])
-def forward_kernel(
+def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, cu_seqlens_ptr, out_ptr, lse_ptr,
     tokens, documents, window, scale, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t,
     v_stride_h, D: tl.constexpr, GROUP: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,

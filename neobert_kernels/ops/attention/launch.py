@@ -12,11 +12,11 @@ from neobert_kernels import _runtime
 from neobert_kernels._launch import MOST_PREPARED, Prepared
 from neobert_kernels._triton import triton
 from neobert_kernels.ops.attention import tiles
-from neobert_kernels.ops.attention.backward import dkv_kernel, dq_kernel
-from neobert_kernels.ops.attention.forward import forward_kernel
+from neobert_kernels.ops.attention.backward import attention_dkv_kernel, attention_dq_kernel
+from neobert_kernels.ops.attention.forward import attention_forward_kernel
 from neobert_kernels.ops.rope import turn
 
-KERNELS = (forward_kernel, dq_kernel, dkv_kernel)
+KERNELS = (attention_forward_kernel, attention_dq_kernel, attention_dkv_kernel)
 
 
 class Form(NamedTuple):
@@ -222,7 +222,7 @@ def launches(sm: int) -> Iterator[_runtime.Launch]:
     if sm == 90:
         dtype, longest, form = torch.bfloat16, 4096, Form(64, 1, True, True, False)
         choice = tiles.choose(form.D, dtype, sm, longest, aligned=True)
-        yield _launch(forward_kernel, tiles.SPECIALIZED, choice, dtype, longest, form)
+        yield _launch(attention_forward_kernel, tiles.SPECIALIZED, choice, dtype, longest, form)
 
 
 def _launch(
@@ -235,7 +235,7 @@ def _launch(
 ) -> _runtime.Launch:
     types = dict.fromkeys(("lse_ptr", "delta_ptr", "cos_ptr", "sin_ptr"), "*fp32")
     signature = _runtime.signature(kernel, dtype, cu_seqlens_ptr="*i32", scale="fp32", **types)
-    backward = kernel is not forward_kernel
+    backward = kernel is not attention_forward_kernel
     inside = choice.turns_inside(backward)
     words = [f"D={form.D} {_runtime.TRITON_TYPES[dtype]} <={longest}"]
     words += ["turned inside" if inside else "turned before"] * form.turning
@@ -243,7 +243,7 @@ def _launch(
     words += ["window"] * form.windowed + ["TMA"] * tile.tma + ["specialized"] * tile.specialized
     return _runtime.Launch(
         kernel=kernel,
-        name=f"attention_{kernel.__name__.removesuffix('_kernel')}",
+        name=kernel.__name__.removesuffix("_kernel"),
         case=" ".join(words),
         signature=signature,
         constexprs=form.constexprs(tile, inside, choice.search, backward=backward),

@@ -13,7 +13,7 @@ from neobert_kernels._triton import tl, triton
 
 
 @triton.jit(do_not_specialize=["T", "R", "ignore_index"])
-def _gather_kernel(
+def _loss_gather_kernel(
     x_ptr, labels_ptr, rows_ptr, out_ptr, targets_ptr, T, R, V, ignore_index, x_stride,
     C: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def _logits(logits_ptr, bias_ptr, start, V, width, HAS_BIAS: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _softmax_kernel(
+def _loss_softmax_kernel(
     logits_ptr, bias_ptr, targets_ptr, rows_ptr, upstream_ptr, losses_ptr, correct_ptr,
     gradient_ptr, V, width, HAS_BIAS: tl.constexpr, HAS_UPSTREAM: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
@@ -87,7 +87,7 @@ def _softmax_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _column_sum_kernel(
+def _loss_column_sum_kernel(
     gradient_ptr, total_ptr, rows, width, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):
     """Add the rows of a chunk to ``total``; a program owns its columns, so the order is fixed."""
@@ -103,7 +103,7 @@ def _column_sum_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "T"])
-def _scale_kernel(
+def _loss_scale_kernel(
     in_ptr, scale_ptr, rows_ptr, out_ptr, N, T, C: tl.constexpr, CHUNK: tl.constexpr,
     SPAN: tl.constexpr, ROWS: tl.constexpr, HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -196,7 +196,7 @@ def launch(
     gathered = x.new_empty((R, C), dtype=dtype)
     targets = x.new_empty(R, dtype=torch.int32)
     moves = tile(C, dtype.itemsize)
-    _gather_kernel[_grid(R, C, moves)](
+    _loss_gather_kernel[_grid(R, C, moves)](
         x, labels.contiguous(), rows, gathered, targets, T, R, V, ignore_index, x.stride(0), C,
         **moves, num_warps=4, **_runtime.FP_FUSION,
     )  # fmt: skip
@@ -214,7 +214,7 @@ def launch(
             here = slice(step, min(step + sizes.step, end))
             n = here.stop - step
             _product(gathered[here], weight.t(), logits[:n, :V])
-            _softmax_kernel[(n,)](
+            _loss_softmax_kernel[(n,)](
                 logits, padded, targets[here], rows[here],
                 targets if upstream is None else upstream, losses, correct,
                 dlogits[step - chunk :] if backward else logits, V, width,
@@ -227,7 +227,7 @@ def launch(
         if weight_gradient:
             _product(part.t(), gathered[chunk:end], dweight, add=chunk > 0)
         if bias_gradient:
-            _column_sum_kernel[(triton.cdiv(width, COLUMN_SUM["COLUMNS"]),)](
+            _loss_column_sum_kernel[(triton.cdiv(width, COLUMN_SUM["COLUMNS"]),)](
                 dlogits, sums, end - chunk, width, **COLUMN_SUM, **_runtime.FP_FUSION
             )
     if bias_gradient:
@@ -268,7 +268,7 @@ def launch_scale(
     out = gradient.new_empty((T, C), dtype=dtype) if out is None else out
     if N and C:
         moves = tile(C, dtype.itemsize)
-        _scale_kernel[_grid(N, C, moves)](
+        _loss_scale_kernel[_grid(N, C, moves)](
             gradient, scale, scale if rows is None else rows.contiguous(), out, N, T, C,
             HAS_ROWS=rows is not None, **moves, num_warps=4, **_runtime.FP_FUSION,
         )  # fmt: skip
@@ -306,11 +306,11 @@ def launches(sm: int) -> Iterator[_runtime.Launch]:
     for dtype in _check.DTYPES:
         for C in (768, 1024) if dtype == torch.bfloat16 else (768,):
             sizes = {"C": C, **tile(C, dtype.itemsize)}
-            yield one(_gather_kernel, "gather_rows", f"C={C}", dtype, 4, sizes)
+            yield one(_loss_gather_kernel, "gather_rows", f"C={C}", dtype, 4, sizes)
             for on in (False, True):
                 case = f"C={C} {'rows' if on else 'weight'}"
                 yield one(
-                    _scale_kernel, "scale_gradient", case, dtype, 4, {**sizes, "HAS_ROWS": on}
+                    _loss_scale_kernel, "scale_gradient", case, dtype, 4, {**sizes, "HAS_ROWS": on}
                 )
         block = {"BLOCK": SOFTMAX["BLOCK"], "HAS_BIAS": True}
         for gradient, upstream in ((True, False), (True, True), (False, False)):
@@ -318,10 +318,10 @@ def launches(sm: int) -> Iterator[_runtime.Launch]:
                 case = "upstream" if upstream else "gradient" if gradient else "loss"
                 flags = {**block, "GRADIENT": gradient, "HAS_UPSTREAM": upstream}
                 warps = SOFTMAX["num_warps"]
-                yield one(_softmax_kernel, "softmax_rows", case, dtype, warps, flags)
+                yield one(_loss_softmax_kernel, "softmax_rows", case, dtype, warps, flags)
         flags = {key: COLUMN_SUM[key] for key in ("COLUMNS", "ROWS")}
         warps = COLUMN_SUM["num_warps"]
-        yield one(_column_sum_kernel, "column_sum", "bias", dtype, warps, flags)
+        yield one(_loss_column_sum_kernel, "column_sum", "bias", dtype, warps, flags)
 
 
-KERNELS = (_gather_kernel, _softmax_kernel, _column_sum_kernel, _scale_kernel)
+KERNELS = (_loss_gather_kernel, _loss_softmax_kernel, _loss_column_sum_kernel, _loss_scale_kernel)
