@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from subprocess import DEVNULL, Popen
 
 SECONDS_BETWEEN_LOOKS = 0.5
+AGENT = "TORCHELASTIC_RUN_ID"  # set by torchrun, and so by what stands on it, for its processes
 
 
 def end_with(parent: int) -> None:
@@ -26,6 +27,12 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="neobert-parent").start()
+
+
+def end_with_torchrun() -> None:
+    """`end_with` the agent that started this process, if one did: killed by -9 it ends nobody."""
+    if AGENT in os.environ:
+        end_with(os.getppid())
 
 
 def start(arguments: Sequence[str]) -> "Popen[bytes]":
