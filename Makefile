@@ -5,9 +5,10 @@
 #   make ray-test  the tests of `--engine ray`; installs Ray into .venv (240 MB), so not in `make test`
 #   make cuda      compile the optional CUDA extension, report on its machine code
 #   make cpu-smoke pre-train a small NeoBERT on a CPU, both stages, in minutes      (RUN=folder)
-#   make gpu-test  every check that needs a GPU; then gpu-bench measures, gpu-tune proposes choices
+#   make gpu-test  every check that needs a GPU; gpu-bench measures, gpu-profile says where the time of a
+#                  forward goes, gpu-tune proposes launch choices; gpu-all is all four, each with a share
 #                  (NOINSTALL=1 PYTHON=python3: with the machine's own packages; OUT=folder,
-#                  WHEELS=folder of peers, DEADLINE=seconds for each)
+#                  WHEELS=folder of peers, DEADLINE=seconds)
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -39,7 +40,7 @@ pytest  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist workstea
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install test ready lint format test-cpu ray-test support interpret aot cuda compat demo cpu-smoke \
-	bench bench-quick smoke report gpu-test gpu-bench gpu-tune gpu-compare gpu-wheels clean
+	bench bench-quick smoke report gpu-test gpu-bench gpu-profile gpu-tune gpu-all gpu-compare gpu-wheels clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -171,6 +172,16 @@ gpu-bench: gpu-wheels
 
 gpu-tune: gpu-wheels
 	$(GPU_RUN) benchmarks/gpu_tune.py --output $(or $(OUT),build/gpu) --deadline-s $(DEADLINE)
+
+gpu-profile: gpu-wheels
+	@$(call need_gpu)
+	$(GPU_RUN) benchmarks/gpu_profile.py --output $(or $(OUT),build/gpu)
+
+# For a GPU that is there for minutes: all of them within DEADLINE, each with its share (per cent).
+gpu-all:
+	@failed=0; for part in test:40 bench:30 profile:10 tune:20; do \
+		$(MAKE) gpu-$${part%:*} DEADLINE=$$(($(DEADLINE) * $${part#*:} / 100)) || failed=1; \
+	done; exit $$failed
 
 # The commit BASE and this one in turns; fails where this one is over 5 % slower than the spread.
 gpu-compare: gpu-wheels

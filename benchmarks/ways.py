@@ -147,6 +147,7 @@ def hidden_of(model: Any) -> Way:
     def call(ids: Tensor, mask: Tensor) -> Tensor:
         return model(input_ids=ids, attention_mask=mask).last_hidden_state
 
+    call.model = model  # type: ignore[attr-defined]
     return call
 
 

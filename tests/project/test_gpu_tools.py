@@ -14,6 +14,7 @@ from typing import Any
 import bench_models
 import bench_training
 import compare_commits
+import gpu_profile
 import gpu_test
 import gpu_tune
 import pytest
@@ -209,6 +210,37 @@ def test_a_value_is_proposed_only_beyond_the_spread() -> None:
     assert verdict(0.8, 0.75, 0.85)
     assert not verdict(0.8, 0.7, 0.96)
     assert not verdict(0.8, 0.75, 0.85, forward=1.2)  # pays for itself in the forward alone
+
+
+def test_a_profile_names_what_takes_the_time(tmp_path: Path) -> None:
+    """Here by operator: a GPU's kernels are seen on one alone."""
+    arguments = ["--output", str(tmp_path), "--quick", "--case", "fixed 512"]
+    assert gpu_profile.main([*arguments, "--case", gpu_profile.ONE_TEXT]) == 0
+    (path,) = tmp_path.glob("profile-*.json")
+    found = json.loads(path.read_text())["found"]
+    assert [(e["case"], e["way"]) for e in found] == [
+        (case, way) for case in ("fixed 512", gpu_profile.ONE_TEXT) for way in gpu_profile.WAYS
+    ]
+    for entry in found:
+        names = {row["name"] for row in entry["kernels"]}
+        assert {"aten::addmm", "aten::mm", "mkldnn::_linear_pointwise"} & names
+        assert 0 < entry["host_s"] <= entry["back_to_back_s"]
+    text = path.with_suffix(".md").read_text()
+    assert "## neobert-250m, fixed 512, patched" in text
+    assert text.count("| kernel | calls | ms | share |") == len(found)
+
+
+def test_the_replay_of_a_graph_is_found() -> None:
+    calls: list[str] = []
+    recorder = SimpleNamespace(replay=lambda: calls.append("replay"))
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert gpu_profile.replay_of(model) is None
+    entries = {"old": None, "new": SimpleNamespace(recorder=recorder)}
+    model[0].__dict__[gpu_profile.GRAPHS] = SimpleNamespace(entries=entries)
+    replay = gpu_profile.replay_of(model)
+    assert replay is not None
+    replay()
+    assert calls == ["replay"]
 
 
 def test_far_tiles_are_tried_and_none_twice() -> None:
