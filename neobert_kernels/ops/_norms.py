@@ -90,8 +90,12 @@ def _center(xs, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
     """``x - mean(x)`` of every chunk; 0, not minus the mean, in columns past the end.
 
     `/` may be off by two units in the last place, which a large mean would leave in every ``x``.
+    What the quotient lacks is added to it; `tl.div_rn` takes registers that the backward lacks.
     """
-    mean = tl.div_rn(_row_sums(xs, C, CHUNK), C * 1.0)
+    sums = _row_sums(xs, C, CHUNK)
+    SHARE: tl.constexpr = 1.0 / C
+    mean = sums * SHARE
+    mean = tl.fma(tl.fma(mean, -1.0 * C, sums), SHARE, mean)
     centered = ()
     for j in tl.static_range(len(xs)):
         x = xs[j] - mean
