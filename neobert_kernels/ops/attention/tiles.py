@@ -1,6 +1,6 @@
 """Launch choices of the attention kernels: pure functions of shape, dtype and GPU generation.
 
-Nothing here has been measured on a GPU. Each number is argued from the ahead-of-time report in
+None of this was chosen by a clock yet. Each number is argued from the ahead-of-time report in
 docs/attention.md: registers without a spill, shared memory, and so blocks per multiprocessor.
 
 Only the outer tile (a program's own rows), TMA and RoPE's place depend on the longest document. The
