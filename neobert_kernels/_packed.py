@@ -73,8 +73,7 @@ def unpad(attention_mask: Tensor) -> Packing:
     _check.tensor("attention_mask", attention_mask, ndim=2)
     if attention_mask.is_floating_point() or attention_mask.is_complex():
         raise _check.error("attention_mask", "dtype bool or an integer one", attention_mask.dtype)
-    few = attention_mask.numel() <= FEW_SLOTS
-    if few and attention_mask.is_cuda and type(attention_mask) is Tensor:
+    if _suits_host(attention_mask):
         return unpad_by_host(attention_mask)
     real = attention_mask != 0
     lengths = real.sum(1, dtype=torch.int32)
@@ -86,6 +85,12 @@ def unpad(attention_mask: Tensor) -> Packing:
         batch_size=attention_mask.shape[0],
         padded_length=attention_mask.shape[1],
     )
+
+
+def _suits_host(mask: Tensor) -> bool:
+    """A small one on a GPU, unless a compiler or a subclass has to see what becomes of it."""
+    small = mask.is_cuda and mask.numel() <= FEW_SLOTS
+    return small and type(mask) is Tensor and not torch.compiler.is_compiling()
 
 
 def unpad_by_host(attention_mask: Tensor) -> Packing:
