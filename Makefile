@@ -175,7 +175,7 @@ gpu-tune: gpu-wheels
 
 gpu-profile: gpu-wheels
 	@$(call need_gpu)
-	$(GPU_RUN) benchmarks/gpu_profile.py --output $(or $(OUT),build/gpu)
+	$(GPU_RUN) benchmarks/gpu_profile.py --output $(or $(OUT),build/gpu) --deadline-s $(DEADLINE)
 
 # For a GPU that is there for minutes: all of them within DEADLINE, each with its share (per cent).
 gpu-all:

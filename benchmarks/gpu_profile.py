@@ -135,6 +135,8 @@ def markdown(document: dict[str, Any]) -> str:
             for row in entry["kernels"][:SHOWN]
         ]  # fmt: skip
         lines += [Table(["kernel", "calls", "ms", "share"], rows, 1).markdown(), ""]
+    if document["not_reached"]:
+        lines.append(f"Not reached: {'; '.join(document['not_reached'])}.\n")
     return "\n".join(lines)
 
 
@@ -143,24 +145,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--model", action="append", choices=tuple(MODELS), help="may be repeated")
     parser.add_argument("--case", action="append", choices=CASES, help="may be repeated")
+    parser.add_argument("--deadline-s", type=float, default=510.0)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / f"profile-{evidence.slug(evidence.device_name())}"
+    ends = time.monotonic() + args.deadline_s
     timed: list[Timed] = []
+    left: list[str] = []
     for model in args.model or FIRST[:1]:
         ways = Ways(MODELS[model], device, dtype, **(SMALL if args.quick else {}))
         for case in args.case or CASES:
-            if case == ONE_TEXT or longest_of(case) <= MODELS[model].longest:
-                print(f"{model}, {case}", flush=True)
+            if case != ONE_TEXT and longest_of(case) > MODELS[model].longest:
+                continue
+            print(f"{model}, {case}", flush=True)
+            if time.monotonic() > ends:
+                left.append(f"{model}, {case}")
+            else:
                 found = measure(ways, case, device, args.quick)
                 timed += [({"model": model, **entry}, call) for entry, call in found]
     for entry, call in timed:
-        if call is not None:
+        if call is not None and time.monotonic() > ends:
+            entry["absent"] = "not profiled before --deadline-s"
+        elif call is not None:
             entry["kernels"] = kernels(call, device)
-    document = {**evidence.describe(), "found": [entry for entry, _ in timed]}
+    entries = [entry for entry, _ in timed]
+    document = {**evidence.describe(), "found": entries, "not_reached": left}
     evidence.write_json(stem.with_suffix(".json"), document)
     stem.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
     print(f"{stem.with_suffix('.json')}\n{stem.with_suffix('.md')}")

@@ -106,6 +106,7 @@ class Runner:
     def __init__(self, output: Path, log: Path) -> None:
         self.output, self.log = output, log
         self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopped = False
         self.lock = threading.Lock()
 
     def run(self, stage: Stage, timeout_s: float) -> dict[str, Any]:
@@ -136,8 +137,12 @@ class Runner:
             stage.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=printed,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        self.running.add(process)
+        with self.lock:
+            self.running.add(process)
+            late = self.stopped
         try:
+            if late:
+                return None
             return process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return None
@@ -146,7 +151,10 @@ class Runner:
             self.running.discard(process)
 
     def stop(self) -> None:
-        for process in list(self.running):
+        """End what runs, and what is about to."""
+        with self.lock:
+            self.stopped, running = True, list(self.running)
+        for process in running:
             _kill(process)
 
 
@@ -167,9 +175,10 @@ def run_all(
     names = {stage.name for stage in listed}
     waiting = [stage for stage in listed if stage.name not in found]
     change = threading.Condition()
+    broken: list[BaseException] = []
 
     def next_stage() -> Stage | None:
-        while waiting and ends - time.monotonic() >= LEAST_S:
+        while waiting and not broken and ends - time.monotonic() >= LEAST_S:
             for stage in waiting:
                 if stage.after not in names or stage.after in found:
                     waiting.remove(stage)
@@ -183,18 +192,25 @@ def run_all(
                 stage = next_stage()
             if stage is None:
                 return
-            result = run(stage, ends - time.monotonic())
-            with change:
-                found[stage.name] = result
-                ended(stage)
-                change.notify_all()
+            try:
+                result = run(stage, ends - time.monotonic())
+                with change:
+                    if broken:
+                        return  # it was stopped, and failed at nothing
+                    found[stage.name] = result
+                    ended(stage)
+                    change.notify_all()
+            except BaseException as error:
+                broken.append(error)
+                stop()
+                raise
 
     with ThreadPoolExecutor(lanes) as pool:
         try:
             for future in [pool.submit(lane) for _ in range(lanes)]:
                 future.result()
-        except BaseException:
-            waiting.clear()
+        except BaseException as error:
+            broken.append(error)
             stop()
             raise
 
@@ -277,4 +293,5 @@ def shorten(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or stages would outlive it
     sys.exit(main())

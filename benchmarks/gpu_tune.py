@@ -13,6 +13,7 @@ rewritten after each knob, and a second run goes on where the first one ended.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -285,5 +286,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or processes would outlive it
     os.environ.setdefault("TRITON_PRINT_AUTOTUNING", "0")
     sys.exit(main())

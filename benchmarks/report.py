@@ -76,7 +76,7 @@ def _inference(v: Values) -> Shown:
 
 def _latency(v: Values, way: str) -> Shown:
     theirs, ours = (f"{v[f'{side}_p50_ms']:.1f} ms" for side in ("sdpa", way))
-    low, high = (v[f"sdpa_{end}_s"] / v[f"{way}_median_s"] for end in ("low", "high"))
+    low, high = v["sdpa_low_s"] / v[f"{way}_high_s"], v["sdpa_high_s"] / v[f"{way}_low_s"]
     return theirs, ours, f"{v['sdpa_p50_ms'] / v[f'{way}_p50_ms']:.2f} x ({low:.2f} to {high:.2f})"
 
 

@@ -47,8 +47,9 @@ __global__ void __launch_bounds__(MOST_THREADS)
 #pragma unroll
     for (int i = 0; i < PACK; ++i) {
       const float turn = inverse ? -s.v[i] : s.v[i], left = a.v[i], right = b.v[i];
-      a.v[i] = left * c.v[i] - right * turn;
-      b.v[i] = left * turn + right * c.v[i];
+      // Fused here, or the compiler may fuse another product in every layout.
+      a.v[i] = fmaf(left, c.v[i], -(right * turn));
+      b.v[i] = fmaf(left, turn, right * c.v[i]);
     }
     if (OUT_INTERLEAVED) {
       Pack low, high;

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from subprocess import DEVNULL, Popen
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -30,9 +31,20 @@ def end_with(parent: int) -> None:
 
 
 def end_with_torchrun() -> None:
-    """`end_with` the agent that started this process, if one did: killed by -9 it ends nobody."""
-    if AGENT in os.environ:
-        end_with(os.getppid())
+    """`end_with` the agent that started this process, if one did: killed by -9 it ends nobody.
+
+    Processes further down inherit the variable, and their parents are no agent: an agent is one
+    that began without it, as only Linux tells; elsewhere nobody is watched.
+    """
+    if AGENT not in os.environ:
+        return
+    agent = os.getppid()
+    try:
+        began_with = Path(f"/proc/{agent}/environ").read_bytes()
+    except OSError:
+        return
+    if AGENT.encode() + b"=" not in began_with:
+        end_with(agent)
 
 
 def start(arguments: Sequence[str]) -> "Popen[bytes]":

@@ -14,7 +14,6 @@ one.
 """
 
 import bisect
-import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -167,13 +166,18 @@ class Graphs:
         self.hooks = [
             hooks for _, m in self.modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
-        self.weights = [own for _, m in self.modules for own in (m._parameters, m._buffers) if own]
         self.addresses = self._addresses()
 
     def _addresses(self) -> tuple[list[int], list[int]]:
-        """Which weights there are and where: at every call, so with little Python."""
-        found = itertools.chain.from_iterable(map(dict.values, self.weights))
-        weights = [weight for weight in found if weight is not None]
+        """Which weights there are and where: at every call, so quickly."""
+        weights = [
+            weight
+            for _, module in self.modules
+            for own in (module._parameters, module._buffers)
+            if own
+            for weight in own.values()
+            if weight is not None
+        ]
         return list(map(id, weights)), list(map(Tensor.data_ptr, weights))
 
     def run(

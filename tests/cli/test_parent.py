@@ -36,9 +36,11 @@ def test_a_process_ends_with_an_agent_killed_by_9(tmp_path: Path) -> None:
     agent = subprocess.Popen(
         [*command, "--nproc-per-node", "1", str(script), str(mark)], stderr=subprocess.DEVNULL
     )
+    began = time.monotonic()
     try:
         while not (mark.exists() and mark.read_text()):
             assert agent.poll() is None
+            assert time.monotonic() < began + 120
             time.sleep(0.05)
     finally:
         agent.send_signal(signal.SIGKILL)
@@ -47,6 +49,21 @@ def test_a_process_ends_with_an_agent_killed_by_9(tmp_path: Path) -> None:
     while _runs(int(mark.read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_process_further_down_outlives_its_shell(tmp_path: Path) -> None:
+    """It has the variable as well, from a parent that had it too."""
+    script, mark = tmp_path / "sleeper.py", tmp_path / "process"
+    script.write_text(SLEEPER.replace("time.sleep(600)", "time.sleep(60)"))
+    command = f"{sys.executable} {script} {mark} & sleep 0.2"
+    subprocess.run(["sh", "-c", command], env=os.environ | {parent.AGENT: "1"}, check=True)
+    began = time.monotonic()
+    while not (mark.exists() and mark.read_text()):
+        assert time.monotonic() < began + 120
+        time.sleep(0.05)
+    time.sleep(3 * parent.SECONDS_BETWEEN_LOOKS)
+    assert _runs(int(mark.read_text()))
+    os.kill(int(mark.read_text()), signal.SIGKILL)
 
 
 def test_every_command_looks_for_an_agent(monkeypatch: pytest.MonkeyPatch) -> None:

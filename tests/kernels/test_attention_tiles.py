@@ -64,7 +64,7 @@ def test_bulk_copies_change_no_bit(options, specialized, monkeypatch, request):
     dim, lengths = options.pop("dim", 32), (37, 0, 32, 3, 0)
     if specialized and dim == 96 and not _runtime.INTERPRET:
         reason = "rows in two parts: other bits on an H200, Triton 3.6; no call chooses it"
-        request.applymarker(pytest.mark.xfail(reason=reason))
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     qkv, cu_seqlens, longest = make(lengths, dtype, dim=dim)
     for x in qkv:
         x[37:69] = torch.nan

@@ -138,10 +138,12 @@ def test_a_large_mean_costs_no_accuracy(added, C):
 
 @both
 @dtypes
-def test_equal_values_give_the_bias(added, dtype):
-    inputs = inputs_of(added, True, (4, 96), dtype)
+@pytest.mark.parametrize(("value", "C"), [(1.5, 96), (1001.0, 760)])
+def test_equal_values_give_the_bias(added, dtype, value, C):
+    """Sums and mean are exact; a quotient that is not would be far off after `rsqrt`."""
+    inputs = inputs_of(added, True, (4, C), dtype)
     for x in inputs[: 1 + added]:
-        x.fill_(1.5)
+        x.fill_(value)
     y = outputs(with_eps(added, True)[0](*inputs))[0]
     assert torch.equal(y, inputs[-1].expand(4, -1))
 

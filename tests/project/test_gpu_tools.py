@@ -93,7 +93,7 @@ def test_a_stage_ends_by_the_deadline_with_its_children(
 def test_stages_run_side_by_side_and_after_what_they_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two wait for each other's file, which one after the other could not; a third for both."""
+    """Two wait for each other, which one after the other could not; a third for the second."""
     monkeypatch.setattr(gpu_test, "LEAST_S", 0.5)
     files = [str(tmp_path / name) for name in "ab"]
     meet = (
