@@ -321,6 +321,25 @@ def test_varlen_peers_get_the_boundaries_and_every_option(name, window, as_on_a_
         assert seen == {"deterministic": exact, "causal": False, "dropout": 0.0}
 
 
+def test_varlen_of_a_torch_without_grouped_heads(monkeypatch):
+    """2.11's: every query head gets the k and v of its group."""
+    from torch.nn.attention import varlen as module
+
+    def varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None,
+               window_size=(-1, -1)):  # fmt: skip
+        assert query.shape == key.shape == value.shape
+        return nk.attention_reference(query, key, value, cu_seq_q, max_q, scale=scale)
+
+    monkeypatch.setattr(module, "varlen_attn", varlen)
+    monkeypatch.setattr(peers, "missing", lambda name, device: "")
+    monkeypatch.setitem(
+        peers.PEERS, "torch_varlen", dataclasses.replace(peers.PEERS["torch_varlen"], cpu=(DTYPE,))
+    )
+    (q, k, v), cu_seqlens, longest = make(RAGGED, DTYPE, heads=4, groups=2)
+    out = nk.attention(q, k, v, cu_seqlens, longest, implementation="torch_varlen")
+    torch.testing.assert_close(out, nk.attention_reference(q, k, v, cu_seqlens, longest))
+
+
 def test_the_stand_ins_have_the_parameters_of_the_installed_torch():
     from torch.nn.attention.varlen import varlen_attn
 
