@@ -65,8 +65,8 @@ def unpad(attention_mask: Tensor) -> Packing:
             the opposite, so floats are refused.
 
     Returns:
-        The `Packing`. On a GPU this reads two numbers back (T and the longest length): once a
-        batch, never once a layer.
+        The `Packing`. On a GPU this waits once a batch, never once a layer: up to `FEW_SLOTS` slots
+        for the mask, of which the host makes the rest, and beyond for T and the longest length.
 
     Raises:
         ValueError: ``attention_mask`` is not two-dimensional, or not of a bool or integer dtype.

@@ -5,7 +5,7 @@ import torch
 from covering import covering, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import LONG_SUMS, assert_within_budget
+from parity import assert_within_budget, long_sums
 
 import neobert_kernels as nk
 from neobert_kernels import _runtime
@@ -40,7 +40,7 @@ def compare(x, weight, bias):
     reference = nk.batch_invariant_linear_reference
     exact = reference(wide(x), wide(weight), wide(bias))
     actual = nk.batch_invariant_linear(x, weight, bias)
-    assert_within_budget(actual, reference(x, weight, bias), exact, ulps=LONG_SUMS)
+    assert_within_budget(actual, reference(x, weight, bias), exact, ulps=long_sums(x.dtype))
     return actual
 
 
