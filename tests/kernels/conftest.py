@@ -1,10 +1,11 @@
-"""Fixtures of the tests of attention."""
+"""Fixtures that several files share."""
 
 import pytest
 from attention_cases import small_tiles as make_small_tiles
 
 from neobert_kernels import _runtime
 from neobert_kernels.ops.attention import tiles
+from neobert_kernels.ops.linear_cross_entropy import kernels, reference
 
 
 @pytest.fixture
@@ -35,3 +36,13 @@ def place_rope(small_tiles, monkeypatch):
 def turn_inside(request, place_rope):
     place_rope(request.param)
     return request.param
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 8 rows in steps of 4, and a reference in chunks of 3."""
+    monkeypatch.setattr(kernels, "STEP_ROWS", 4)
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(kernels, "STEP_BYTES", 1)
+    monkeypatch.setattr(reference, "REFERENCE_ROWS", 3)

@@ -9,54 +9,23 @@ import pytest
 import torch
 import transformers as tf
 from encoders import ENCODERS, LENGTHS, VOCABULARY, padded, randomized
+from interface_cases import (
+    FAMILIES,
+    FLASH,
+    NAME,
+    NATIVE,
+    batch,
+    config,
+    families,
+    make,
+    names,
+)
 from parity import assert_same, assert_same_gradients
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import modeling_flash_attention_utils as flash
 
 import neobert_kernels as nk
 from neobert_kernels.patching import interface
-
-NAME, FLASH = "neobert_kernels", "neobert_kernels_flash"
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "intermediate_size": 80,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-OTHERS = {
-    "nomic_bert": lambda: tf.NomicBertConfig(**SIZES, max_position_embeddings=64),
-    # A window of 4 to each side: shorter than the longest text.
-    "modernbert": lambda: tf.ModernBertConfig(
-        **SIZES, max_position_embeddings=64, local_attention=8, cls_token_id=1, sep_token_id=2
-    ),
-    "eurobert": lambda: tf.EuroBertConfig(
-        **(SIZES | {"hidden_size": 64, "num_attention_heads": 4}),
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        mask_token_id=3,
-    ),
-}
-NATIVE = ("bert", "roberta", "xlm_roberta")
-FAMILIES = (*NATIVE, *OTHERS)
-families = pytest.mark.parametrize("family", FAMILIES)
-names = pytest.mark.parametrize("name", [NAME, FLASH])
-
-
-def config(family):
-    return OTHERS[family]() if family in OTHERS else ENCODERS[family].config()
-
-
-def make(family):
-    return randomized(tf.AutoModel.from_config(config(family), attn_implementation="sdpa"))
-
-
-def batch(family, side="right"):
-    return padded(family if family in ENCODERS else "bert", side=side)
 
 
 def first_position(family):
@@ -85,13 +54,6 @@ def packed(family, ids, mask):
     inputs = {"input_ids": packing.pack(ids)[None], "position_ids": restarts}
     bounds = {f"cu_seq_lens_{side}": packing.cu_seqlens for side in "qk"}
     return inputs, bounds | {f"max_length_{side}": packing.max_seqlen for side in "qk"}
-
-
-@pytest.fixture
-def registered():
-    nk.register_attention()
-    yield
-    nk.unregister_attention()
 
 
 @pytest.fixture
@@ -390,150 +352,3 @@ def test_the_varlen_function_behind_the_alias(registered):
             interface.varlen_attention(q[0], k[0], v[0], cu, cu, 17, 17, **options)
     with pytest.raises(ValueError, match=r"max_length_k: expected max_length_q .17., got 18"):
         interface.varlen_attention(q[0], k[0], v[0], cu, cu, 17, 18)
-
-
-# --- one call
-
-
-class Attention(torch.nn.Module):
-    is_causal = False
-
-
-ROW = torch.randn(1, 3, 5, 16)
-ROWS = torch.randn(2, 3, 5, 16)
-CU = torch.tensor([0, 2, 5], dtype=torch.int32)
-
-
-def changed(**attributes):
-    module = Attention()
-    module.__dict__.update(attributes)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("x", "options", "message"),
-    [
-        (ROWS, {"dropout": 0.1}, "attention dropout: expected 0 while training .*, got 0.1"),
-        (ROWS, {"is_causal": True}, "is_causal: expected False"),
-        (ROWS, {"module": changed(is_causal=True)}, "is_causal: expected False"),
-        (ROWS, {"module": torch.nn.Module()}, "is_causal: expected False"),
-        (ROWS, {"softcap": 30.0}, "softcap: expected None .*, got 30.0"),
-        (ROWS, {"s_aux": torch.zeros(3)}, "s_aux: expected None .*, got Tensor"),
-        (ROWS, {"head_mask": torch.ones(3)}, "head_mask: expected None"),
-        (ROWS, {"position_bias": torch.zeros(3)}, "position_bias: expected None"),
-        (ROWS, {"output_attentions": True}, "output_attentions: expected None .*, got True"),
-        (
-            ROWS,
-            {"module": changed(config=tf.BertConfig(is_encoder_decoder=True))},
-            "config.is_encoder_decoder: expected False",
-        ),
-        (ROWS, {"key": ROWS[:, :, :4]}, "key: expected the 5 tokens of query in each of 2 rows"),
-        (ROWS, {"key": ROWS[:1]}, "key: expected the 5 tokens"),
-        (ROWS[0], {}, "query: expected 4 dimensions"),
-        (ROWS, {"sliding_window": 0}, "sliding_window: expected None or an int of at least 1"),
-        (ROWS, {"attention_mask": torch.ones(2, 1, 5, 5)}, "attention_mask: expected 2 dim"),
-        (ROWS, {"attention_mask": torch.ones(2, 4)}, r"attention_mask: expected shape \(2, 5\)"),
-        (ROWS, {"attention_mask": torch.zeros(2, 5)}, "attention_mask: expected dtype bool"),
-        (
-            ROWS,
-            {
-                "attention_mask": torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]]),
-                "sliding_window": 2,
-            },
-            "attention_mask: expected padding before or after .* got padding between tokens",
-        ),
-        (ROW, {"cu_seq_lens_q": CU}, "max_length_q: expected a value beside"),
-        (ROW, {"cu_seq_lens_k": CU, "max_length_k": 3}, "cu_seq_lens_k: expected None without"),
-        (
-            ROW,
-            {"cu_seq_lens_q": CU, "max_length_q": 2},
-            "max_length_q: expected at least the longest document .3., got 2",
-        ),
-        (
-            ROW,
-            {"cu_seq_lens_q": CU[:2], "max_length_q": 3},
-            "cu_seq_lens_q: expected a last element equal to the number of tokens .5., got 2",
-        ),
-        (
-            ROW,
-            {
-                "cu_seq_lens_q": CU,
-                "max_length_q": 3,
-                "cu_seq_lens_k": torch.tensor([0, 3, 5], dtype=torch.int32),
-            },
-            "cu_seq_lens_k: expected the documents of cu_seq_lens_q",
-        ),
-        (ROWS, {"cu_seq_lens_q": CU, "max_length_q": 3}, "expected one row when packed"),
-        (
-            ROW,
-            {"cu_seq_lens_q": CU, "max_length_q": 3, "attention_mask": torch.ones(1, 5)},
-            "attention_mask: expected None when packed",
-        ),
-        (ROW, {"seq_idx": torch.tensor([[0, 0, 1, 1, 1]])}, "cu_seq_lens_q: expected the docum"),
-        (ROW, {"position_ids": torch.zeros(1, 4)}, "position_ids: expected shape"),
-    ],
-)
-def test_what_would_be_ignored_or_does_not_fit_is_refused(x, options, message):
-    module = options.get("module", Attention())
-    key = options.get("key", x)
-    rest = {n: v for n, v in options.items() if n not in ("module", "key", "attention_mask")}
-    with pytest.raises(ValueError, match=message):
-        interface.attention_forward(module, x, key, x, options.get("attention_mask"), **rest)
-
-
-def test_a_models_own_mask_function_is_refused(registered):
-    model = make("bert")
-    model.set_attn_implementation(NAME)
-    from transformers.masking_utils import create_bidirectional_mask
-
-    x = torch.randn(2, 5, 48)
-    arguments = {"config": model.config, "inputs_embeds": x, "attention_mask": None}
-    assert create_bidirectional_mask(**arguments) is None
-    with pytest.raises(ValueError, match="attention_mask: expected no mask besides padding"):
-        create_bidirectional_mask(**arguments, and_mask_function=lambda b, h, q, k: q >= k)
-
-
-def test_attention_dropout_in_training_is_refused(registered):
-    changes = {"attention_probs_dropout_prob": 0.1}
-    model = tf.AutoModel.from_config(ENCODERS["bert"].config(**changes), attn_implementation=NAME)
-    ids, mask = batch("bert")
-    with pytest.raises(ValueError, match="attention dropout: expected 0"):
-        model.train()(ids, attention_mask=mask)
-    model.eval()(ids, attention_mask=mask)
-
-
-def test_decoders_are_refused(registered):
-    model = tf.AutoModel.from_config(
-        ENCODERS["bert"].config(is_decoder=True), attn_implementation=NAME
-    )
-    with pytest.raises(ValueError, match="is_causal: expected False"):
-        model(batch("bert")[0])
-
-
-def test_output_attentions_is_refused_not_left_out(registered):
-    model = make("bert")
-    model.set_attn_implementation(NAME)
-    ids, _ = batch("bert")
-    with pytest.raises(ValueError, match="output_attentions: expected"):
-        model(ids, output_attentions=True)
-    model.config._output_attentions = True  # its setter allows eager only
-    with pytest.raises(ValueError, match="output_attentions: expected"):
-        model(ids)
-
-
-def test_packed_calls_read_nothing_back_from_a_gpu():
-    """Fake CUDA tensors have no values: whatever waits for one raises."""
-    with FakeTensorMode():
-        one = torch.empty(1, 3, 30, 16, device="cuda", dtype=torch.bfloat16)
-        cu = torch.empty(4, dtype=torch.int32, device="cuda")
-        lengths = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu.clone(), "max_length_q": 12}
-        positions = torch.empty(1, 30, dtype=torch.int64, device="cuda")
-        out, _ = interface.attention_forward(
-            Attention(), one, one, one, None, sliding_window=3, position_ids=positions, **lengths
-        )
-        assert out.shape == (1, 30, 3, 16)
-        q = torch.empty(2, 3, 30, 16, device="cuda", dtype=torch.bfloat16)
-        out, _ = interface.attention_forward(Attention(), q, q, q, None)
-        assert out.shape == (2, 30, 3, 16)
-        with pytest.raises((DataDependentOutputException, RuntimeError)):  # restarts are looked for
-            interface.attention_forward(Attention(), one, one, one, None, position_ids=positions)
