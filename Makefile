@@ -29,9 +29,10 @@ OLDEST := triton==3.6.0 transformers==5.10.1 'numpy<2.4'
 
 # The interpreter is slow: of the models' tests those of the forward, for every family. With the oldest Triton
 # a forward and all gradients of each, and not again what is PyTorch's, which is the same there: graphs, schemas.
-INTERPRETED := tests/patch/test_patch.py tests/patch/test_autocast.py tests/patch/test_invariant.py
-OLDEST_INTERPRETED := -k 'not (compile or registration)' $(addprefix tests/patch/test_patch.py::, \
-	test_padded_batch_equals_the_unpatched_model test_every_gradient_of_a_base_model)
+INTERPRETED := $(addprefix tests/patch/test_,patch.py autocast.py invariant.py few_tokens.py)
+OLDEST_INTERPRETED := -k 'not (compile or registration)' $(addprefix tests/patch/test_, \
+	patch.py::test_padded_batch_equals_the_unpatched_model patch.py::test_every_gradient_of_a_base_model \
+	few_tokens.py::test_equals_the_patched_model)
 PROMISES := tests/kernels/test_aot.py::test_every_kernel_keeps_its_promises
 PIP    := -m pip --disable-pip-version-check install --quiet --no-compile
 BIN    := $(VENV)/bin

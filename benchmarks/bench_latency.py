@@ -12,7 +12,15 @@ from timing import Timing, summarize
 from ways import Ways
 
 WAYS = {
-    "cuda": ("patched", "sdpa", "frozen", "graphs", "invariant_graphs"),
+    "cuda": (
+        "patched",
+        "sdpa",
+        "frozen",
+        "frozen_by_layer",
+        "graphs",
+        "graphs_by_layer",
+        "invariant_graphs",
+    ),
     "cpu": ("patched", "sdpa", "frozen"),
 }
 CALLS = {"cuda": 300, "cpu": 40}

@@ -22,6 +22,7 @@ WIDTH = {TINY: 96, FULL: 768}
 INNER = {TINY: 80, FULL: 2048}
 HEADS = {TINY: (2, 16), FULL: (12, 64)}
 VOCABULARY = {TINY: 130, FULL: 30_522}
+FEW_ROWS = {TINY: 33, FULL: 64}
 PAIRS = {TINY: (33, 65), FULL: (4096, 8192)}
 
 
@@ -80,6 +81,17 @@ class Maker:
         args = (self.normal(T, C), self.normal(F, C, scale=0.02), self.normal(F))
         return Sample(args, leaves=())
 
+    def fused_linear(self, held: bool) -> Sample:
+        """With a norm, a residual and a gated unit, or the product that leads back."""
+        M, C, F = FEW_ROWS[self.size], WIDTH[self.size], INNER[self.size]
+        if not held:
+            args = (self.normal(M, F), self.normal(C, F, scale=0.02), self.normal(C))
+            return Sample(args, leaves=())
+        args = (self.normal(M, C), self.normal(2 * F, C, scale=0.02), self.normal(2 * F))
+        norm = {"norm": "rms_norm", "norm_weight": self.normal(C)}
+        options = {"residual": self.normal(M, C), **norm, "activation": "swiglu"}
+        return Sample(args, options, leaves=())
+
     def pool(self) -> Sample:
         lengths = LENGTHS[self.size]
         x = self.normal(sum(lengths), WIDTH[self.size])
@@ -113,6 +125,8 @@ CASES: dict[tuple[str, str], Make] = {
     ("gelu_mul", ""): lambda m: m.gated(False),
     ("info_nce", ""): lambda m: m.info_nce(),
     ("batch_invariant_linear", ""): lambda m: m.linear(),
+    ("fused_linear", ""): lambda m: m.fused_linear(True),
+    ("fused_linear", "product alone"): lambda m: m.fused_linear(False),
     ("mean_pool", ""): lambda m: m.pool(),
     ("first_pool", ""): lambda m: m.pool(),
     ("rope_table", ""): lambda m: m.rope_table(),

@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from original_neobert import original_forward
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import neobert_kernels as nk
 from neobert_kernels.ops.attention.peers import VARIABLE
+from neobert_kernels.patching import few_tokens
 
 PINNED = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -36,6 +38,8 @@ FORMS: dict[str, dict[str, bool]] = {
     "graphs": {"inference": True, "cuda_graphs": True},
     "invariant_graphs": {"inference": True, "batch_invariant": True, "cuda_graphs": True},
 }
+# The same, of which few tokens run layer by layer as many do.
+BY_LAYER = {"frozen_by_layer": "frozen", "graphs_by_layer": "graphs"}
 Result = TypeVar("Result")
 Way = Callable[[Tensor, Tensor], Tensor]  # token ids and mask to hidden states, [B, S, C]
 FEW = (40, 7, 23)  # tokens of the documents that a way is checked on
@@ -71,6 +75,9 @@ class Ways:
             patched = self.twin()
             nk.patch(patched, **FORMS[name])
             return hidden_of(patched)
+        if name in BY_LAYER:
+            with mock.patch.dict(os.environ, {few_tokens.SWITCH: "0"}):
+                return self.build(BY_LAYER[name])
         if name in PACKED_PEERS:
             return asking(PACKED_PEERS[name], self.build("patched"))
         if name == "sdpa":

@@ -186,6 +186,16 @@ def _qkv_attention(generator: torch.Generator) -> Sample:
     return Sample((packed, _cu_seqlens(), max(LENGTHS)), {"cos": cos, "sin": sin})
 
 
+def _fused_linear(generator: torch.Generator) -> Sample:
+    """With all parts, and outputs that end inside a block."""
+    x, weight, bias, residual, norm_weight, norm_bias = (
+        _normal(generator, *shape) for shape in ((T, C), (V, C), (V,), (T, C), (C,), (C,))
+    )
+    norm = {"norm": "layer_norm", "norm_weight": norm_weight, "norm_bias": norm_bias}
+    options = {"residual": residual, **norm, "activation": "swiglu"}
+    return Sample((x, weight, bias), options, leaves=())
+
+
 def _labels(generator: torch.Generator) -> Tensor:
     labels = torch.randint(V, (T,), generator=generator)
     labels[::3] = -100
@@ -216,6 +226,7 @@ SAMPLES: dict[str, Callable[[torch.Generator], Sample]] = {
     "batch_invariant_linear": lambda g: Sample(
         (_normal(g, T, C), _normal(g, V, C), _normal(g, V)), leaves=()
     ),
+    "fused_linear": _fused_linear,
     "linear_cross_entropy": lambda g: Sample(
         (_normal(g, T, C), _normal(g, V, C), _labels(g)), leaves=(0, 1)
     ),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         qkv_attention,
         qkv_attention_reference,
     )
+    from neobert_kernels.ops.fused_linear import fused_linear, fused_linear_reference
     from neobert_kernels.ops.info_nce import info_nce, info_nce_reference
     from neobert_kernels.ops.layer_norm import (
         add_layer_norm,
@@ -66,6 +67,7 @@ _WHERE = {
     "_packed": ("Packing", "unpad"),
     "_runtime": ("implementation",),
     "ops.attention": ("attention", "qkv_attention"),
+    "ops.fused_linear": ("fused_linear",),
     "ops.info_nce": ("info_nce",),
     "ops.layer_norm": ("add_layer_norm", "layer_norm"),
     "ops.linear": ("batch_invariant_linear",),
@@ -97,6 +99,8 @@ __all__ = [
     "batch_invariant_linear_reference",
     "first_pool",
     "first_pool_reference",
+    "fused_linear",
+    "fused_linear_reference",
     "geglu",
     "geglu_reference",
     "gelu_mul",

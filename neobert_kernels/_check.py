@@ -80,7 +80,7 @@ def like(name: str, value: Any, other_name: str, other: Tensor) -> None:
     for what in ("shape", "dtype", "device"):
         mine, theirs = getattr(value, what), getattr(other, what)
         if mine != theirs:
-            raise error(name, f"the {what} of {other_name} ({_plain(theirs)})", _plain(mine))
+            raise error(name, f"the {what} of {other_name} ({plain(theirs)})", plain(mine))
 
 
 def output(name: str, value: Tensor, source_name: str, source: Tensor) -> None:
@@ -175,6 +175,31 @@ def vector(name: str, value: Any, size: int, where: torch.device) -> None:
     device(name, value, where)
 
 
+def product(x: Any, weight: Any, bias: Any) -> None:
+    """The arguments of a Linear layer: ``x [..., K]``, ``weight [N, K]``, ``bias [N]`` or None."""
+    tensor("x", x, least_ndim=1)
+    dtype("x", x)
+    if not x.shape[-1]:
+        raise error("x", "at least one channel", 0)
+    tensor("weight", weight, ndim=2)
+    dtype("weight", weight, (x.dtype,))
+    device("weight", weight, x.device)
+    if weight.shape[1] != x.shape[-1] or not weight.shape[0]:
+        raise error("weight", f"shape (N, {x.shape[-1]})", tuple(weight.shape))
+    if bias is not None:
+        vector("bias", bias, weight.shape[0], x.device)
+        dtype("bias", bias, (x.dtype,))
+
+
+def no_gradient(**tensors: Tensor | None) -> None:
+    """For operators without a backward."""
+    if torch.is_grad_enabled():
+        for name, value in tensors.items():
+            if value is not None and value.requires_grad:
+                rule = "no gradient to record (it has none: torch.no_grad(), or F.linear)"
+                raise error(name, rule, "one that requires it")
+
+
 def positive(name: str, value: float, *, zero: bool = False) -> None:
     if type(value) is float and 0.0 < value <= FLOAT32_MAX:
         return
@@ -257,7 +282,7 @@ def documents(
         raise error(names[1], f"at least the longest document ({least})", longest)
 
 
-def _plain(value: Any) -> object:
+def plain(value: Any) -> object:
     if isinstance(value, torch.Size):
         return tuple(value)
     return str(value).removeprefix("torch.")

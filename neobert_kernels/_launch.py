@@ -6,6 +6,8 @@ starts it directly. Both are what Triton documents: ``kernel[grid](...)`` return
 kernel, which takes ``[grid](...)`` itself.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,6 +59,22 @@ class Prepared:
         compiled = self.kernel[grid](*args, **self.named)
         if _is_binary(compiled) and len(self._compiled) < MOST_FORMS:
             self._compiled[form] = compiled
+
+    def starter(
+        self, grid: tuple[int, int, int], *args: Any
+    ) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        """What launches on ``grid``, for arguments of the form of ``args``: nobody looks again.
+
+        Form is what `_form` says: types, alignment, and numbers but those that may change.
+
+        Returns:
+            ``(start, rest)``: to be called as ``start(*args, *rest)``.
+        """
+        form = None if self._interpreted else self._form(args)
+        found = None if form is None else self._compiled.get(form)
+        if found is None or self.kernel.pre_run_hooks:
+            return functools.partial(self, grid), ()
+        return found[grid], self._constexprs
 
     def _form(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """What Triton chooses the binary by; None for arguments that only it should judge.

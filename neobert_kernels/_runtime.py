@@ -28,9 +28,10 @@ class Launch:
     ``signature`` gives every argument a Triton type; ``aligned`` names the pointers and integers
     that are divisible by 16. ``memory_bound`` kernels owe 16-byte global accesses, except for
     ``narrow_once`` of them, which a program makes once behind its loop; ``matrix`` kernels owe
-    tensor-core instructions, and what ``tma`` and ``warp_specialized`` ask for must be in the
-    code, because the compiler drops it without a word. A ``supported`` launch must
-    not spill. ``maxnreg`` bounds the registers of a thread; None leaves them to the assembler.
+    tensor-core instructions, those of a warp group unless it is for ``few_rows``, and what ``tma``
+    and ``warp_specialized`` ask for must be in the code, because the compiler drops it without a
+    word. A ``supported`` launch must not spill. ``maxnreg`` bounds the registers of a thread; None
+    leaves them to the assembler.
     """
 
     kernel: Any
@@ -45,6 +46,7 @@ class Launch:
     memory_bound: bool = True
     narrow_once: int = 0
     matrix: bool = False
+    few_rows: bool = False
     tma: bool = False
     warp_specialized: bool = False
     supported: bool = True

@@ -59,6 +59,7 @@ class Report:
         owes_width: The kernel is bound by memory and all its pointers are aligned.
         narrow_once: Narrow accesses that a program makes once, behind its loop, and does not owe.
         owes_matrix: Its products belong on tensor cores.
+        owes_warp_group: They have rows enough for a warp group, which takes 64.
         owes_tma, owes_warp_specialization: The launch asks for them.
         supported: The launch is one that users get, so it must not spill.
     """
@@ -72,6 +73,7 @@ class Report:
     narrow_once: int
     supported: bool
     owes_matrix: bool = False
+    owes_warp_group: bool = False
     owes_tma: bool = False
     owes_warp_specialization: bool = False
     error: str = ""
@@ -104,7 +106,7 @@ def problems(report: Report) -> list[str]:
         found.append(f"needs {report.shared_bytes} bytes of shared memory of {report.shared_limit}")
     if report.owes_matrix and not report.tensor_core:
         found.append("has no tensor-core instruction")
-    if report.owes_matrix and report.sm == 90 and report.wgmma < report.tensor_core:
+    if report.owes_warp_group and report.sm == 90 and report.wgmma < report.tensor_core:
         found.append(f"{report.tensor_core - report.wgmma} tensor-core instructions not of sm_90")
     if report.owes_tma and not report.tma:
         found.append("asks for TMA and has no TMA instruction")
@@ -207,6 +209,7 @@ def _reports(
                 narrow_once=launch.narrow_once,
                 supported=launch.supported,
                 owes_matrix=launch.matrix,
+                owes_warp_group=launch.matrix and not launch.few_rows,
                 owes_tma=launch.tma,
                 owes_warp_specialization=launch.warp_specialized,
                 **measured[key],

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # read by Triton; pins FMA contraction
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU
@@ -31,6 +32,20 @@ def _seed_and_poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def ordered_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter a row's sum has one order, as on a GPU.
+
+    NumPy's library adds in an order that may depend on a row's place, on some processors.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+
+        def product(a: Any, b: Any, dtype: Any) -> Any:
+            return (a[..., :, :, None] * b[..., None, :, :]).sum(-2, dtype=dtype)
+
+        monkeypatch.setattr("numpy.matmul", product)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -64,6 +64,21 @@ def linear(T: int, inputs: int, outputs: int, e: int, bias: bool = False) -> Cos
     return Cost(e * moved, 2 * T * inputs * outputs, matrix=True)
 
 
+def fused_linear(
+    T: int, inputs: int, outputs: int, e: int, *, bias: bool = False, added: bool = False,
+    normed: bool = False, gated: bool = False,
+) -> Cost:  # fmt: skip
+    """A `linear` from x, a residual (``added``) and a norm's weight to y, the sum and the norm.
+
+    ``outputs`` are those of the product, of which a gated unit writes half. The few FLOP of norm
+    and unit are not counted, which belong on other units.
+    """
+    columns = outputs // 2 if gated else outputs
+    rows = T * (inputs * (1 + 2 * added + normed) + columns)
+    moved = rows + inputs * outputs + outputs * bias + inputs * normed
+    return Cost(e * moved, 2 * T * inputs * outputs, 2 * T * columns * gated, matrix=True)
+
+
 def linear_backward(T: int, inputs: int, outputs: int, e: int, bias: bool = False) -> Cost:
     """Both products: dy, x and the weight in, dx and dweight out."""
     moved = T * (outputs + 2 * inputs) + 2 * inputs * outputs + outputs * bias

@@ -162,30 +162,11 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None
         ValueError: A shape, dtype or device breaks the rules above, or a gradient would be
             recorded.
     """
-    _check_arguments(x, weight, bias)
+    _check.product(x, weight, bias)
+    _check.no_gradient(x=x, weight=weight, bias=bias)
     if not _runtime.use_kernel(x):
         return batch_invariant_linear_reference(x, weight, bias)
     return _forward(x, weight, bias)
-
-
-def _check_arguments(x: Any, weight: Any, bias: Any) -> None:
-    _check.tensor("x", x, least_ndim=1)
-    _check.dtype("x", x)
-    if not x.shape[-1]:
-        raise _check.error("x", "at least one channel", 0)
-    _check.tensor("weight", weight, ndim=2)
-    _check.dtype("weight", weight, (x.dtype,))
-    _check.device("weight", weight, x.device)
-    if weight.shape[1] != x.shape[-1] or not weight.shape[0]:
-        raise _check.error("weight", f"shape (N, {x.shape[-1]})", tuple(weight.shape))
-    if bias is not None:
-        _check.vector("bias", bias, weight.shape[0], x.device)
-        _check.dtype("bias", bias, (x.dtype,))
-    if torch.is_grad_enabled():
-        for name, value in (("x", x), ("weight", weight), ("bias", bias)):
-            if value is not None and value.requires_grad:
-                rule = "no gradient to record (it has none: torch.no_grad(), or F.linear)"
-                raise _check.error(name, rule, "one that requires it")
 
 
 # Whole blocks, a vocabulary, and blocks that end inside in both directions.

@@ -70,7 +70,7 @@ def _tile(rows, F: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _activate(g, GELU: tl.constexpr):
+def activate(g, GELU: tl.constexpr):
     """``act(g)`` and ``act'(g)``; both stay finite for every finite ``g``."""
     if GELU:
         p = 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)
@@ -92,7 +92,7 @@ def _gated_forward_kernel(
     b_ptr += row * b_stride + column
     g = tl.load(g_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     b = tl.load(b_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    activated, _ = _activate(g, GELU)
+    activated, _ = activate(g, GELU)
     y = (activated * b).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row * F + column, y, mask=inside)
 
@@ -109,7 +109,7 @@ def _gated_backward_kernel(
     g = tl.load(g_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     b = tl.load(b_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     dy = tl.load(dy_ptr, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    activated, slope = _activate(g, GELU)
+    activated, slope = activate(g, GELU)
     dg = (dy * b * slope).to(dg_ptr.dtype.element_ty)
     tl.store(dg_ptr + row * d_stride + column, dg, mask=inside)
     db = (dy * activated).to(db_ptr.dtype.element_ty)

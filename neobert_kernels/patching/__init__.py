@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from neobert_kernels import _check, _runtime
+from neobert_kernels.patching import few_tokens
 from neobert_kernels.patching.family import (
     OPTIONS,
     Family,
@@ -175,6 +176,8 @@ def patch_for_good(model: nn.Module, rows: int) -> PatchReport:
 
 def _patch(model: nn.Module, options: Options, rows: int = ROWS, keep: bool = True) -> PatchReport:
     inference = options.inference
+    if inference:
+        few_tokens.wanted()  # a wrong value is refused before anything changes
     if not isinstance(model, nn.Module):
         raise _check.error("model", "a torch.nn.Module", type(model).__name__)
     if is_patched(model):
@@ -213,7 +216,7 @@ def _patch(model: nn.Module, options: Options, rows: int = ROWS, keep: bool = Tr
             base.__dict__[GRAPHS] = new_graphs(base, family)
         if inference:
             layers = family.layers(base)
-            freeze(base, layers, family.view, rows, keep, options.batch_invariant)
+            freeze(base, layers, family.view, family.stack, rows, keep, options.batch_invariant)
     return PatchReport(
         families=families,
         replaced=[Entry(r.name, type(r.module).__name__, r.what) for r in replacements],

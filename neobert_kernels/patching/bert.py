@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 import neobert_kernels as nk
 from neobert_kernels import _check
-from neobert_kernels.patching import heads
+from neobert_kernels.patching import few_tokens, heads
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import (
     Context,
     View,
     at,
     expect,
+    heads_of,
     is_watched,
     layer_norm,
     look_up,
@@ -28,7 +29,8 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
-from neobert_kernels.patching.frozen import Preparer, Product
+from neobert_kernels.patching.few_tokens import Norm, NotPlainError, Stack, linear
+from neobert_kernels.patching.frozen import PREPARED, Preparer, Product, is_gelu
 
 OPERATORS = ("add_layer_norm", "attention", "first_pool", "linear_cross_entropy")
 
@@ -129,6 +131,38 @@ def view(base: Any, layer: Any, prepare: Preparer) -> View:
     )
 
 
+def stack(base: Any) -> Stack:
+    """A frozen model's layers by their weights."""
+    found, norm = [], None  # the embeddings are normalized
+    for layer in base.encoder.layer:
+        view = layer.__dict__[PREPARED]
+        wide = layer.intermediate
+        if is_watched(wide) or not is_gelu(wide.intermediate_act_fn):
+            raise NotPlainError
+        found.append(
+            few_tokens.Layer(
+                before=norm,
+                qkv=linear(view.attention.self.qkv),
+                out=linear(layer.attention.output.dense),
+                between=Norm.layer(layer.attention.output.LayerNorm),
+                expand=linear(wide.dense),
+                activation="gelu",
+                contract=linear(layer.output.dense),
+            )
+        )
+        norm = Norm.layer(layer.output.LayerNorm)
+    assert norm is not None
+    attention = base.encoder.layer[0].attention.self
+    size = attention.attention_head_size
+    return Stack(
+        layers=found,
+        after=norm,
+        post_norm=True,
+        split=lambda qkv: heads_of(qkv, size).chunk(3, 1),
+        scale=attention.scaling,
+    )
+
+
 def _residual_norm(block: Any, x: Tensor, residual: Tensor) -> Tensor:
     return layer_norm(block.LayerNorm, residual, block.dropout(block.dense(x)))[0]
 
@@ -161,6 +195,7 @@ FAMILY = Family(
     layers=layers,
     layer_forward=layer_forward,
     view=view,
+    stack=stack,
     what="packed attention, norms fused with their residual",
     embed=embed,
     run=run,

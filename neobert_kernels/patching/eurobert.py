@@ -18,11 +18,14 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
+from neobert_kernels.patching.few_tokens import Norm, Stack
 from neobert_kernels.patching.rotary import (
     attend,
     check_block,
     check_rope,
     feed_forward,
+    few_layer,
+    few_stack,
     table,
     used_layers,
     view,
@@ -71,6 +74,19 @@ def layer_forward(
     return x, feed_forward(self.mlp, u)
 
 
+def stack(base: Any) -> Stack:
+    """A frozen model's layers by their weights."""
+
+    def norm(module: Any) -> Norm:
+        return Norm.rms(module, module.variance_epsilon)
+
+    found = [
+        few_layer(base, layer, norm(layer.input_layernorm), norm(layer.post_attention_layernorm))
+        for layer in used_layers(base)
+    ]
+    return few_stack(base, found, norm(base.norm), post_norm=False)
+
+
 def run(
     base: Any, x: Tensor, batch: Batch, states: list[Tensor] | None, rows: Tensor | None
 ) -> Tensor:
@@ -108,6 +124,7 @@ FAMILY = Family(
     layers=layers,
     layer_forward=layer_forward,
     view=view,
+    stack=stack,
     what="packed RoPE-attention, SwiGLU, norms fused with their residual",
     embed=embed,
     run=run,

@@ -17,6 +17,7 @@ from neobert_kernels import _check
 from neobert_kernels.patching import graphs, invariant
 from neobert_kernels.patching.batch import Batch, read_batch, refuse_ignored, setting
 from neobert_kernels.patching.blocks import MARK, View
+from neobert_kernels.patching.few_tokens import Stack
 from neobert_kernels.patching.frozen import PREPARED, Preparer, freeze, refuse_other_use
 
 # The attribute of a patched module that holds its options; `unpatch` deletes it.
@@ -70,6 +71,7 @@ class Family:
         layers: ``(name, layer)`` of every block of a base model.
         layer_forward: A block on packed tokens, marked with `replacement`.
         view: ``(base, layer, preparer)`` to what ``layer_forward`` reads in a frozen model.
+        stack: ``(base)`` to the weights of a frozen model's layers, where few tokens need no more.
         what: What is fused in a block, for the report.
         embed: ``(base, batch, tokens, extras)`` to ``[T, C]``.
         run: ``(base, x, batch, states, rows)`` to ``[T, C]``: all layers and the final norm.
@@ -94,6 +96,7 @@ class Family:
     layers: Callable[[Any], Iterable[tuple[str, nn.Module]]]
     layer_forward: Callable
     view: Callable[[Any, Any, Preparer], View]
+    stack: Callable[[Any], Stack]
     what: str
     embed: Callable[[Any, Batch, Tensor, dict[str, Tensor]], Tensor]
     run: Callable[[Any, Tensor, Batch, list[Tensor] | None, Tensor | None], Tensor]
@@ -234,6 +237,7 @@ def encode(base: Any, family: Family, inputs: dict[str, Any], head: HeadCall | N
                     base,
                     family.layers(base),
                     family.view,
+                    family.stack,
                     invariant=getattr(base, OPTIONS).batch_invariant,
                 )
             base.__dict__[PREPARED].check(base)
@@ -287,7 +291,13 @@ def _run(
 ) -> Packed:
     """All layers over packed tokens, then the pooler unless only ``rows`` come out."""
     states: list[Tensor] | None = [] if keep else None
-    x = family.run(base, family.embed(base, batch, tokens, extras), batch, states, rows)
+    x = family.embed(base, batch, tokens, extras)
+    few = getattr(base.__dict__.get(PREPARED), "few_tokens", None)
+    if few is not None and not keep and few.takes(x):
+        x = few.run(x, batch)
+        x = x if rows is None else x.index_select(0, rows)
+    else:
+        x = family.run(base, x, batch, states, rows)
     pool = family.pool if rows is None else None
     return Packed(x, batch, states, None if pool is None else pool(base, x, batch))
 

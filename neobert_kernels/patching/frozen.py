@@ -22,7 +22,9 @@ from torch.nn import functional as F
 
 import neobert_kernels as nk
 from neobert_kernels import _check, _runtime
+from neobert_kernels.patching import few_tokens
 from neobert_kernels.patching.blocks import View, has_hooks, is_watched, own_forward
+from neobert_kernels.patching.few_tokens import FewTokens, Stack
 
 # Attribute of a frozen base model (its `Frozen`) and of its layers (their `View`).
 PREPARED = "_neobert_kernels_prepared"
@@ -139,7 +141,7 @@ class Preparer:
 
     def with_gelu(self, linear: Any, activation: Any) -> Product | None:
         """A Linear layer with the activation behind it, if that is the exact GELU."""
-        if not (self.packs and _plain(linear) and _is_gelu(activation)):
+        if not (self.packs and _plain(linear) and is_gelu(activation)):
             return None
         return self._product([linear], gelu=True)
 
@@ -175,7 +177,7 @@ def _plain(linear: Any) -> bool:
     return type(linear) is nn.Linear and not own
 
 
-def _is_gelu(activation: Any) -> bool:
+def is_gelu(activation: Any) -> bool:
     """Whether this is transformers' exact GELU, by its function and not by its name."""
     return getattr(activation, "act", None) is F.gelu and not is_watched(activation)
 
@@ -197,11 +199,13 @@ class Frozen:
         products: Made once from its weights.
         nbytes: Memory of the weights' second copies.
         released: Whether the second copies are the only ones.
+        few_tokens: What runs the layers on few tokens, or None.
     """
 
     def __init__(self, products: list[Product], views: list[View]) -> None:
         self.products, self.views = products, views
         self.released = False
+        self.few_tokens: FewTokens | None = None
 
     @property
     def nbytes(self) -> int:
@@ -255,6 +259,7 @@ def freeze(
     base: Any,
     layers: Iterable[tuple[str, nn.Module]],
     view_of: Callable[[Any, Any, Preparer], View],
+    stack_of: Callable[[Any], Stack],
     rows: int = ROWS,
     keep: bool = True,
     invariant: bool = False,
@@ -267,7 +272,8 @@ def freeze(
     fixed = invariant and _runtime.use_kernel(first)
     prepare = Preparer(first.device, first.dtype, rows, fixed)
     views, frozen = [], Frozen(prepare.products, [])
-    for _, layer in layers:
+    modules = [layer for _, layer in layers]
+    for layer in modules:
         made = len(prepare.products)
         layer.__dict__[PREPARED] = view = view_of(base, layer, prepare)
         views += view.all()
@@ -275,5 +281,7 @@ def freeze(
             for product in prepare.products[made:]:
                 product.release()
     frozen.views, frozen.released = views, not keep
+    if not invariant and few_tokens.wanted():  # these products have bits of their own
+        frozen.few_tokens = FewTokens(modules, lambda: stack_of(base))
     base.__dict__[PREPARED] = frozen
     return frozen

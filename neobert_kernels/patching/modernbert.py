@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import neobert_kernels as nk
 from neobert_kernels import _check
-from neobert_kernels.patching import heads
+from neobert_kernels.patching import few_tokens, heads
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import (
     Context,
@@ -16,6 +16,7 @@ from neobert_kernels.patching.blocks import (
     at,
     expect,
     in_pairs,
+    is_watched,
     layer_norm,
     refuse_attention_dropout,
     rotated,
@@ -23,7 +24,8 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
-from neobert_kernels.patching.frozen import Preparer
+from neobert_kernels.patching.few_tokens import Norm, NotPlainError, Stack, linear
+from neobert_kernels.patching.frozen import PREPARED, Preparer
 
 OPERATORS = (
     "add_layer_norm", "first_pool", "geglu", "layer_norm", "linear_cross_entropy", "mean_pool",
@@ -142,6 +144,38 @@ def view(base: Any, layer: Any, prepare: Preparer) -> View:
     return View(layer, {"attn": View(attn, parts)})
 
 
+def stack(base: Any) -> Stack:
+    """A frozen model's layers by their weights."""
+    found = []
+    for layer in base.layers:
+        view = layer.__dict__[PREPARED]
+        if is_watched(layer.mlp.act):
+            raise NotPlainError
+        plain = isinstance(layer.attn_norm, nn.Identity)
+        reach = layer.attn.sliding_window
+        found.append(
+            few_tokens.Layer(
+                before=None if plain else Norm.layer(layer.attn_norm),
+                qkv=linear(view.attn.Wqkv),
+                out=linear(layer.attn.Wo),
+                between=Norm.layer(layer.mlp_norm),
+                expand=linear(layer.mlp.Wi),
+                activation="geglu",
+                contract=linear(layer.mlp.Wo),
+                window=None if reach is None else reach - 1,
+                theta=_theta(base, layer.attention_type),
+            )
+        )
+    heads = base.config.num_attention_heads
+    return Stack(
+        layers=found,
+        after=Norm.layer(base.final_norm),
+        post_norm=False,
+        split=lambda qkv: qkv.unflatten(-1, (3, heads, -1)).unbind(1),
+        interleaved=base.layers[0].__dict__[PREPARED].attn.interleaved,
+    )
+
+
 def run(
     base: Any, x: Tensor, batch: Batch, states: list[Tensor] | None, rows: Tensor | None
 ) -> Tensor:
@@ -179,6 +213,7 @@ FAMILY = Family(
     layers=layers,
     layer_forward=layer_forward,
     view=view,
+    stack=stack,
     what="packed RoPE-attention with windows, GeGLU, norms fused with their residual",
     embed=embed,
     run=run,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import neobert_kernels as nk
-from neobert_kernels.patching import heads
+from neobert_kernels.patching import few_tokens, heads
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import (
     Context,
@@ -21,7 +21,8 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
-from neobert_kernels.patching.frozen import Preparer, pair_order
+from neobert_kernels.patching.few_tokens import Norm, Stack, linear
+from neobert_kernels.patching.frozen import PREPARED, Preparer, pair_order
 
 OPERATORS = (
     "add_rms_norm", "first_pool", "linear_cross_entropy", "qkv_attention", "rms_norm",
@@ -95,6 +96,35 @@ def _halves_first(heads: int, size: int) -> Tensor:
     return (torch.arange(heads)[:, None] * 3 * size + turned).flatten()
 
 
+def stack(base: Any) -> Stack:
+    return stack_with(base, base.config.rope_theta)
+
+
+def stack_with(base: Any, theta: float) -> Stack:
+    """A frozen model's layers by their weights."""
+    views = [layer.__dict__[PREPARED] for _, layer in layers(base)]
+    heads = base.config.num_attention_heads
+    return Stack(
+        layers=[
+            few_tokens.Layer(
+                before=Norm.rms(view.attention_norm, view.attention_norm.eps),
+                qkv=linear(view.qkv),
+                out=linear(view.wo),
+                between=Norm.rms(view.ffn_norm, view.ffn_norm.eps),
+                expand=linear(view.ffn.w12),
+                activation="swiglu",
+                contract=linear(view.ffn.w3),
+                theta=theta,
+            )
+            for view in views
+        ],
+        after=Norm.rms(base.layer_norm, base.layer_norm.eps),
+        post_norm=False,
+        split=lambda qkv: qkv.unflatten(-1, (heads, 3, -1)).unbind(2),
+        interleaved=any(view.interleaved for view in views),
+    )
+
+
 def run(
     base: Any, x: Tensor, batch: Batch, states: list[Tensor] | None, rows: Tensor | None
 ) -> Tensor:
@@ -128,6 +158,7 @@ FAMILY = Family(
     layers=layers,
     layer_forward=layer_forward,
     view=view,
+    stack=stack,
     what="packed RoPE-attention, SwiGLU, norms fused with their residual",
     embed=embed,
     run=run,

@@ -138,6 +138,7 @@ FAMILY = Family(
     layers=neobert.layers,
     layer_forward=neobert.layer_forward,
     view=neobert.view,
+    stack=lambda base: neobert.stack_with(base, ROPE_THETA),
     what=neobert.FAMILY.what,
     embed=neobert.embed,
     run=run,

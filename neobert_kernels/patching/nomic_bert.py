@@ -18,11 +18,14 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, replacement
+from neobert_kernels.patching.few_tokens import Norm, Stack
 from neobert_kernels.patching.rotary import (
     attend,
     check_block,
     check_rope,
     feed_forward,
+    few_layer,
+    few_stack,
     table,
     used_layers,
     view,
@@ -74,6 +77,17 @@ def layer_forward(self: Any, x: Tensor, context: Context, rows: Tensor | None) -
     return layer_norm(self.post_mlp_layernorm, x, delta)[0]
 
 
+def stack(base: Any) -> Stack:
+    """A frozen model's layers by their weights."""
+    found, norm = [], None  # the embeddings are normalized
+    for layer in used_layers(base):
+        between = Norm.layer(layer.post_attention_layernorm)
+        found.append(few_layer(base, layer, norm, between))
+        norm = Norm.layer(layer.post_mlp_layernorm)
+    assert norm is not None
+    return few_stack(base, found, norm, post_norm=True)
+
+
 def run(
     base: Any, x: Tensor, batch: Batch, states: list[Tensor] | None, rows: Tensor | None
 ) -> Tensor:
@@ -87,6 +101,7 @@ FAMILY = Family(
     layers=layers,
     layer_forward=layer_forward,
     view=view,
+    stack=stack,
     what="packed RoPE-attention, SwiGLU, norms fused with their residual",
     embed=embed,
     run=run,

@@ -60,6 +60,7 @@ def family(name: str, prefix: str) -> Family:
         layers=bert.layers,
         layer_forward=bert.layer_forward,
         view=bert.view,
+        stack=bert.stack,
         what=bert.FAMILY.what,
         embed=bert.embed,
         run=bert.run,

@@ -16,13 +16,15 @@ from neobert_kernels.patching.blocks import (
     Context,
     View,
     expect,
+    heads_of,
     in_pairs,
     is_watched,
     projected,
     refuse_attention_dropout,
     rotated,
 )
-from neobert_kernels.patching.frozen import Preparer
+from neobert_kernels.patching.few_tokens import Layer, Norm, NotPlainError, Stack, linear
+from neobert_kernels.patching.frozen import PREPARED, Preparer
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -77,6 +79,37 @@ def feed_forward(mlp: Any, x: Tensor) -> Tensor:
         return mlp.down_proj(nk.swiglu(mlp.gate_up(x)))
     multiply = nk.silu_mul if is_watched(mlp.gate_proj) else silu_mul_over
     return mlp.down_proj(multiply(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+def few_layer(base: Any, layer: Any, before: Norm | None, between: Norm) -> Layer:
+    """A frozen model's layer by its weights, between its norms."""
+    view = layer.__dict__[PREPARED]
+    if is_watched(layer.mlp) or is_watched(layer.mlp.act_fn):
+        raise NotPlainError
+    return Layer(
+        before=before,
+        qkv=linear(view.self_attn.qkv),
+        out=linear(layer.self_attn.o_proj),
+        between=between,
+        expand=linear(view.mlp.gate_up),
+        activation="swiglu",
+        contract=linear(layer.mlp.down_proj),
+        theta=base.config.rope_parameters["rope_theta"],
+    )
+
+
+def few_stack(base: Any, found: list[Layer], after: Norm, post_norm: bool) -> Stack:
+    attention = used_layers(base)[0].self_attn
+    view = used_layers(base)[0].__dict__[PREPARED].self_attn
+    counts, size = view.counts, attention.head_dim
+    return Stack(
+        layers=found,
+        after=after,
+        post_norm=post_norm,
+        split=lambda qkv: heads_of(qkv, size).split(counts, 1),
+        interleaved=view.interleaved,
+        scale=attention.scaling,
+    )
 
 
 def view(base: Any, layer: Any, prepare: Preparer) -> View:

@@ -82,7 +82,7 @@ def test_the_bias_is_added_before_the_rounding():
 @runs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("K", [40, 100])
-def test_a_row_has_its_bits_in_any_batch(K, dtype):
+def test_a_row_has_its_bits_in_any_batch(K, dtype, ordered_products):
     """Alone, among any number of others, at any place, and whatever these are."""
     x, weight, bias = make(300 if CUDA else 40, 70, K, dtype)
     expected = nk.batch_invariant_linear(x, weight, bias)
@@ -99,7 +99,7 @@ def test_a_row_has_its_bits_in_any_batch(K, dtype):
 
 
 @runs_kernel
-def test_a_column_has_its_bits_beside_any_others():
+def test_a_column_has_its_bits_beside_any_others(ordered_products):
     """Products of stacked weights are those of each: q, k and v in one, or one by one."""
     x, weight, bias = make(20, 100, 50)
     whole = nk.batch_invariant_linear(x, weight, bias)

@@ -53,6 +53,9 @@ class NoOtherProduct(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+pytestmark = pytest.mark.usefixtures("ordered_products")
+
+
 @pytest.fixture
 def recorder(monkeypatch):
     if not CUDA:

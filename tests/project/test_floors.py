@@ -98,6 +98,10 @@ def test_bytes_are_those_counted_by_hand():
     """Two rows of width 8 and so on, in bfloat16: small enough to count on paper."""
     assert operators.linear(2, 8, 4, 2, bias=True).bytes == 2 * (16 + 8 + 32 + 4)
     assert operators.linear_backward(2, 8, 4, 2).bytes == 2 * (8 + 16 + 32 + 16 + 32)
+    assert operators.fused_linear(2, 8, 4, 2, bias=True) == operators.linear(2, 8, 4, 2, bias=True)
+    parts = {"added": True, "normed": True, "gated": True}
+    # x, residual, h and u; two columns of y; the product's weights and the norm's
+    assert operators.fused_linear(2, 8, 4, 2, **parts).bytes == 2 * (4 * 16 + 4 + 32 + 8)
     rms = {"added": False, "centered": False}
     assert operators.norm(2, 8, 2, **rms).bytes == 2 * (16 + 16 + 8)
     assert operators.norm_backward(2, 8, 2, **rms).bytes == 2 * (3 * 16 + 2 * 8)

@@ -318,6 +318,13 @@ def test_turns_are_taken_together(tmp_path: Path) -> None:
     assert compare_commits.rows([empty], head[:1]) == []
 
 
+def test_a_commit_is_asked_for_the_suites_that_it_has(tmp_path: Path) -> None:
+    assert compare_commits.suites(ROOT) == list(compare_commits.SUITES)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "bench_rope.py").touch()
+    assert compare_commits.suites(tmp_path) == ["rope"]
+
+
 def test_what_was_not_compared_is_no_pass() -> None:
     same = row((1.0, 0.99, 1.01), (1.0, 0.99, 1.01))
     assert compare_commits.verdict([same], ["base, turn 1: some benchmarks failed."]) == 0

@@ -23,6 +23,15 @@ def test_long_documents_turn_before_attention():
     assert layer.total == 9
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_launches_of_a_layer_on_few_tokens(name):
+    """Frozen: two products around attention and two of the feed-forward, into buffers for all."""
+    whole, layer = host_budget.per_layer(MODELS[name].make, [12, 4], inference=True)
+    assert not whole.waits
+    assert layer.launches == {"neobert::fused_linear": 4, "neobert::attention": 1}
+    assert layer.allocations == 0
+
+
 @pytest.mark.parametrize("fault", ["wait", "launch"])
 def test_what_it_counts_is_there(fault, monkeypatch):
     from neobert_kernels.patching import neobert

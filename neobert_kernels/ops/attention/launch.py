@@ -2,7 +2,7 @@
 
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -125,17 +125,17 @@ class Call(NamedTuple):
             q, k, v, cu_seqlens.contiguous(), cos, sin, reach, float(scale), form, choice
         )  # fmt: skip
 
-    def run(
+    def ready(
         self,
         which: int,
         tile: tiles.Tile,
         heads: int,
         pointers: list[Tensor],
         strided: list[Tensor],
-    ) -> None:
-        """`KERNELS` ``[which]``, one program per slot of the work map (see `locate`) and head.
+    ) -> tuple[Prepared, tuple[Any, ...]]:
+        """`KERNELS` ``[which]`` and its grid and arguments.
 
-        Nothing asks the GPU.
+        One program per slot of the work map (see `locate`) and head. Nothing asks the GPU.
         """
         tokens, documents = self.q.shape[0], self.cu_seqlens.shape[0] - 1
         inside, search = self.choice.turns_inside(which > 0), self.choice.search
@@ -146,7 +146,18 @@ class Call(NamedTuple):
             *self.q.stride()[:2], *self.k.stride()[:2], *self.v.stride()[:2],
             *[step for x in strided for step in x.stride()[:2]],
         )  # fmt: skip
-        prepared = _prepared(which, tile, self.form, inside, search)
+        return _prepared(which, tile, self.form, inside, search), arguments
+
+    def run(
+        self,
+        which: int,
+        tile: tiles.Tile,
+        heads: int,
+        pointers: list[Tensor],
+        strided: list[Tensor],
+    ) -> None:
+        """Start `KERNELS` ``[which]``."""
+        prepared, arguments = self.ready(which, tile, heads, pointers, strided)
         if tile.tma:
             # The allocator is a context variable: in a copy of the context, a user's own one stays.
             contextvars.copy_context().run(_with_workspace, prepared, arguments)
@@ -177,6 +188,20 @@ def forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         call = Call.of(q, *rest, backward=False)
         call.run(0, call.choice.forward, H, [out, lse], [])
     return out, lse
+
+
+def repeated(out: Tensor, lse: Tensor, q: Tensor, *rest: Any) -> Callable[[], None]:
+    """What starts the forward, any number of times: q, k and v are read anew, the rest is not.
+
+    For documents so short that no tensor is turned or copied before the kernel.
+    """
+    call = Call.of(q, *rest, backward=False)
+    tile = call.choice.forward
+    assert call.q is q, "a copy would be old when the kernel starts again"
+    assert not tile.tma, "short documents have no TMA"
+    prepared, (grid, *arguments) = call.ready(0, tile, q.shape[1], [out, lse], [])
+    start, rest = prepared.starter(grid, *arguments)
+    return functools.partial(start, *arguments, *rest)
 
 
 def backward(
