@@ -115,11 +115,14 @@ def without_launches() -> Iterator[None]:
     nothing. Checks that read data, as only a CPU's can be, are off.
 
     What kernels would have written is whatever was in memory: denormal numbers, with which a CPU's
-    products take ten times as long, count as zeros.
+    products take ten times as long, count as zeros. It is one thread's time: others would add
+    their waits for each other to products that are not there on a GPU.
     """
     with ExitStack() as stack:
         stack.callback(torch.set_flush_denormal, False)
         torch.set_flush_denormal(True)
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         stack.enter_context(fake_gpu(GENERATION)).keep = False
         stack.enter_context(mock.patch.object(_check, "readable", _never))
         stack.enter_context(mock.patch.object(_runtime, "use_kernel", _always))
