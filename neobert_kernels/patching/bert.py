@@ -159,6 +159,7 @@ def stack(base: Any) -> Stack:
         after=norm,
         post_norm=True,
         split=lambda qkv: heads_of(qkv, size).chunk(3, 1),
+        settings=lambda: attention.attention_head_size,
         scale=attention.scaling,
     )
 

@@ -53,11 +53,11 @@ class Norm(NamedTuple):
 
     @classmethod
     def layer(cls, module: Any) -> "Norm":
-        return cls("layer_norm", module.weight, module.bias, module.eps)
+        return cls("layer_norm", _own(module, "weight"), _own(module, "bias"), module.eps)
 
     @classmethod
     def rms(cls, module: Any, eps: float) -> "Norm":
-        return cls("rms_norm", module.weight, None, eps)
+        return cls("rms_norm", _own(module, "weight"), None, eps)
 
     def add(self, x: Tensor, delta: Tensor) -> Tensor:
         if self.kind == "layer_norm":
@@ -98,6 +98,7 @@ class Stack(NamedTuple):
         post_norm: Whether what a norm returns is what is added to later; else its argument is.
         split: ``[T, N]`` of ``qkv`` to q, k and v ``[T, heads, D]``, as views.
         interleaved: RoPE's pairs are neighbours.
+        settings: What of the model's config all this was read from, as it is now.
         scale: Of the scores; None: the usual one.
     """
 
@@ -105,6 +106,7 @@ class Stack(NamedTuple):
     after: Norm
     post_norm: bool
     split: Split
+    settings: Callable[[], Any]
     interleaved: bool = False
     scale: float | None = None
 
@@ -125,6 +127,13 @@ class NotPlainError(Exception):
     """A layer has a part that is more than its weights."""
 
 
+def _own(module: Any, name: str) -> Any:
+    """A parameter; NotPlainError where it is computed from others."""
+    if name not in module._parameters:
+        raise NotPlainError
+    return module._parameters[name]
+
+
 def linear(part: Any) -> Linear:
     """The weights of a Linear layer or of a prepared product.
 
@@ -134,35 +143,65 @@ def linear(part: Any) -> Linear:
     if isinstance(part, nn.Module):
         if type(part) is not nn.Linear or own_forward(part):
             raise NotPlainError
+        return Linear(_own(part, "weight"), _own(part, "bias"))
     elif part is None or part.packed:
         raise NotPlainError
     return Linear(part.weight, part.bias)
 
 
-class _Seen:
-    """What a stack was made from. Looked at in every call, so in few steps of the interpreter."""
+# Attributes of modules from which a layer's numbers come, besides its weights.
+NUMBERS = ("eps", "variance_epsilon", "scaling", "sliding_window", "attention_type")
 
-    def __init__(self, modules: Sequence[nn.Module], weights: list[Tensor]) -> None:
-        self.modules, self.weights = modules, weights
-        self.attributes = [module.__dict__ for module in modules]
-        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.children = [module._modules for module in modules if module._modules]
-        self.parameters = [module._parameters for module in modules if module._parameters]
+
+class _Seen:
+    """What a stack was made from. Looked at in every call, so in few steps of the interpreter.
+
+    Args:
+        base: The model.
+        roots: Its layers, whose modules are not called.
+        weights: Of the stack.
+        settings: As `Stack` has them.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        roots: Sequence[nn.Module],
+        weights: list[Tensor],
+        settings: Callable[[], Any],
+    ) -> None:
+        everything = list(base.modules())
+        self.children = [module._modules for module in everything if module._modules]
+        self.parameters = [module._parameters for module in everything if module._parameters]
+        self.numbers = [
+            (module.__dict__, name)
+            for module in everything
+            for name in NUMBERS
+            if name in module.__dict__
+        ]
+        self.weights, self.settings = weights, settings
+        self.modules = [module for root in roots for module in root.modules()]
+        self.attributes = [module.__dict__ for module in self.modules]
+        self.hooks = [
+            hooks for m in self.modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        ]
         self.was = self._now()
         self.forwards = self._forwards()
 
-    def _now(self) -> tuple[list[Any], ...]:
+    def _now(self) -> tuple[Any, ...]:
         return (
             list(map(dict, self.children)),
             list(map(id, chain.from_iterable(map(dict.values, self.parameters)))),
             list(map(Tensor.data_ptr, self.weights)),
+            [own.get(name) for own, name in self.numbers],
+            self.settings(),
         )
 
     def _forwards(self) -> list[Any]:
         return [own.get("forward") for own in self.attributes]
 
     def current(self) -> bool:
-        """Whether modules and weights are those that there were, where they were."""
+        """Whether modules, weights and numbers are those that there were, where they were."""
         return self._now() == self.was
 
     def watched(self) -> bool:
@@ -179,25 +218,29 @@ class FewTokens:
     """Runs the layers of one frozen base model on at most `MOST_TOKENS` tokens.
 
     Args:
+        base: The model.
         roots: Its layers.
         describe: Makes their stack; raises `NotPlainError` where it has none.
     """
 
-    def __init__(self, roots: Sequence[nn.Module], describe: Callable[[], Stack]) -> None:
-        self.roots, self.describe = roots, describe
+    def __init__(
+        self, base: nn.Module, roots: Sequence[nn.Module], describe: Callable[[Any], Stack]
+    ) -> None:
+        self.base, self.roots, self.describe = base, roots, describe
         self._look()
 
     def _look(self) -> None:
         """Read the layers as they are now."""
         self.stack: Stack | None = None
         weights: list[Tensor] = []
+        settings: Callable[[], Any] = tuple  # nothing
         with suppress(NotPlainError):
             if self.roots:
-                stack = self.describe()
-                weights = _weights(stack)
+                stack = self.describe(self.base)
+                weights, settings = _weights(stack), stack.settings
                 self.stack = stack if _fits(stack, weights) else None
         self.steps = [] if self.stack is None else _steps(self.stack)
-        self.seen = _Seen([module for root in self.roots for module in root.modules()], weights)
+        self.seen = _Seen(self.base, self.roots, weights, settings)
 
     def takes(self, x: Tensor) -> bool:
         """Whether a batch with the embeddings ``x [T, C]`` runs here."""

@@ -282,6 +282,6 @@ def freeze(
                 product.release()
     frozen.views, frozen.released = views, not keep
     if not invariant and few_tokens.wanted():  # these products have bits of their own
-        frozen.few_tokens = FewTokens(modules, lambda: stack_of(base))
+        frozen.few_tokens = FewTokens(base, modules, stack_of)
     base.__dict__[PREPARED] = frozen
     return frozen

@@ -172,6 +172,7 @@ def stack(base: Any) -> Stack:
         after=Norm.layer(base.final_norm),
         post_norm=False,
         split=lambda qkv: qkv.unflatten(-1, (3, heads, -1)).unbind(1),
+        settings=lambda: [_theta(base, kind) for kind in (SLIDING, FULL)],
         interleaved=base.layers[0].__dict__[PREPARED].attn.interleaved,
     )
 

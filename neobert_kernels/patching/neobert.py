@@ -1,6 +1,6 @@
 """NeoBERT: rotary positions, pre-norm, SwiGLU; q, k and v packed head by head."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -97,11 +97,11 @@ def _halves_first(heads: int, size: int) -> Tensor:
 
 
 def stack(base: Any) -> Stack:
-    return stack_with(base, base.config.rope_theta)
+    return stack_with(base, lambda: base.config.rope_theta)
 
 
-def stack_with(base: Any, theta: float) -> Stack:
-    """A frozen model's layers by their weights."""
+def stack_with(base: Any, theta: Callable[[], float]) -> Stack:
+    """A frozen model's layers by their weights; ``theta()`` is RoPE's."""
     views = [layer.__dict__[PREPARED] for _, layer in layers(base)]
     heads = base.config.num_attention_heads
     return Stack(
@@ -114,13 +114,14 @@ def stack_with(base: Any, theta: float) -> Stack:
                 expand=linear(view.ffn.w12),
                 activation="swiglu",
                 contract=linear(view.ffn.w3),
-                theta=theta,
+                theta=theta(),
             )
             for view in views
         ],
         after=Norm.rms(base.layer_norm, base.layer_norm.eps),
         post_norm=False,
         split=lambda qkv: qkv.unflatten(-1, (heads, 3, -1)).unbind(2),
+        settings=theta,
         interleaved=any(view.interleaved for view in views),
     )
 

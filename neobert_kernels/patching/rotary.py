@@ -107,6 +107,7 @@ def few_stack(base: Any, found: list[Layer], after: Norm, post_norm: bool) -> St
         after=after,
         post_norm=post_norm,
         split=lambda qkv: heads_of(qkv, size).split(counts, 1),
+        settings=lambda: (base.config.rope_parameters["rope_theta"], len(used_layers(base))),
         interleaved=view.interleaved,
         scale=attention.scaling,
     )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from covering import covering, examples
+from covering import OLDEST, covering, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import assert_within_budget, long_sums
@@ -296,6 +296,8 @@ def test_a_row_of_zeros_is_the_bias(norm, dtype):
 @pytest.mark.parametrize(("value", "K"), [(1.5, 96), (1000.0, 318)])
 def test_a_layer_norm_of_equal_values_is_the_bias(value, K, dtype):
     """Their sum is exact; a quotient that is not would be far off behind `rsqrt`."""
+    if _runtime.INTERPRET and OLDEST:
+        pytest.skip("the interpreter of Triton 3.6 rounds twice where fma rounds once")
     call = everything(3, 8, K, dtype)
     call["x"].fill_(value)
     call["residual"].zero_()

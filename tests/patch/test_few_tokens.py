@@ -9,6 +9,7 @@ from encoders import ENCODERS, VOCABULARY, padded, randomized, widened, with_lab
 from fake_gpu import fake_gpu
 from parity import LAYERS, assert_same
 from torch import nn
+from torch.nn.utils import parametrize
 
 import neobert_kernels as nk
 from neobert_kernels import _check, _runtime
@@ -277,6 +278,83 @@ def test_changed_weights_are_those_that_count(change, ran):
     nk.unpatch(model)
     with nk.patched(model):
         torch.testing.assert_close(found, real_states(model, "neobert"), **ROUNDING)
+
+
+def halve_theta(model):
+    rope = getattr(model.config, "rope_parameters", None)
+    if rope is None:
+        model.config.rope_theta /= 2
+    elif "rope_theta" in rope:
+        rope["rope_theta"] /= 2
+    else:
+        rope["sliding_attention"]["rope_theta"] /= 2
+
+
+def norm_of_another_weight(model):
+    norm = nn.LayerNorm(48, device=DEVICE)
+    norm.weight.detach().fill_(2)
+    model.final_norm = norm
+
+
+def scale_scores(model):
+    for layer in model.encoder.layer:
+        layer.attention.self.scaling = 0.1
+
+
+SETTINGS = {
+    "eps": ("neobert", lambda m: setattr(m.layer_norm, "eps", 1.0)),
+    "eps of a layer": ("bert", lambda m: setattr(m.encoder.layer[0].output.LayerNorm, "eps", 1.0)),
+    "theta": ("neobert", halve_theta),
+    "theta of windows": ("modernbert", halve_theta),
+    "theta of others": ("eurobert", halve_theta),
+    "window": ("modernbert", lambda m: setattr(m.layers[1].attn, "sliding_window", 2)),
+    "scale": ("bert", scale_scores),
+    "last norm": ("modernbert", norm_of_another_weight),
+    "fewer layers": ("bert", lambda m: setattr(m.encoder, "layer", m.encoder.layer[:1])),
+    "fewer by config": ("nomic_bert", lambda m: setattr(m.config, "num_hidden_layers", 1)),
+}
+
+
+@runs_kernel
+@pytest.mark.parametrize("what", SETTINGS)
+def test_what_else_changes_is_seen(what, ran, monkeypatch):
+    """As the layers' own forwards see it, which read it at every call."""
+    family, change = SETTINGS[what]
+    model, by_layer = encoder(family), encoder(family)
+    nk.patch(model, inference=True)
+    monkeypatch.setenv(SWITCH, "0")
+    nk.patch(by_layer, inference=True)
+    before = real_states(model, family)
+    for each in (model, by_layer):
+        change(each)
+    found = real_states(model, family)
+    assert not torch.allclose(found, before, **ROUNDING)
+    torch.testing.assert_close(found, real_states(by_layer, family), **ROUNDING)
+
+
+@runs_kernel
+def test_a_weight_that_is_computed_is_computed_at_every_call(ran):
+    model = encoder()
+    norm = model.transformer_encoder[1].ffn_norm
+    nk.patch(model, inference=True)
+    real_states(model, "neobert")
+
+    class Twice(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    parametrize.register_parametrization(norm, "weight", Twice())
+    with torch.no_grad():
+        for _ in range(2):
+            norm.parametrizations.weight.original.add_(1)
+            found = real_states(model, "neobert")
+    assert len(ran) == 1
+    twin = encoder()
+    with torch.no_grad():
+        weight = twin.transformer_encoder[1].ffn_norm.weight
+        weight.add_(2).mul_(2)
+    nk.patch(twin, inference=True)
+    torch.testing.assert_close(found, real_states(twin, "neobert"), **ROUNDING)
 
 
 def wide(model, monkeypatch):
