@@ -43,6 +43,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 GATED = ("swiglu", "geglu")
 # Of a row that is added or normalized, by the bytes of one: a program keeps it in registers.
 MOST_CHANNELS = {2: 1024, 4: 384}
+MOST_OUTPUTS = 65_535 * 8  # as many blocks of columns as a grid has
 
 
 def fused_linear_reference(
@@ -296,8 +297,10 @@ def launch(
     prepared = _prepared(tile, F, K, activation, centered)
     grid = (-(-M // ROWS), -(-F // tile.columns), 1)
     arguments = (
-        x, residual, norm_weight, norm_bias, weight, bias, y, h, u, M, x.stride(0),
-        0 if residual is None else residual.stride(0), weight.stride(0), float(eps),
+        x, residual, norm_weight, norm_bias, weight, bias, y, h, u, M,
+        K if M == 1 else x.stride(0),  # of one row a stride may be anything
+        0 if residual is None else K if M == 1 else residual.stride(0), weight.stride(0),
+        float(eps),
     )  # fmt: skip
     prepared(grid, *arguments)
     return prepared.starter(grid, *arguments)
@@ -406,8 +409,8 @@ def fused_linear(
 
     Args:
         x: ``[..., K]``; float32, float16 or bfloat16; any strides.
-        weight: ``[N, K]`` in the dtype of ``x``. A copy is made of one whose channels are no
-            neighbours in memory.
+        weight: ``[N, K]`` in the dtype of ``x``, N at most 524,280 where a kernel runs. A copy is
+            made of one whose channels are no neighbours in memory.
         bias: ``[N]`` in the dtype of ``x``, optional.
         residual: The shape, dtype and device of ``x``, optional.
         norm: "rms_norm", "layer_norm" or None. Where a kernel runs, with one or with a residual,
@@ -447,7 +450,7 @@ def _check_arguments(
 ) -> None:  # fmt: skip
     _check.product(x, weight, bias)
     K = x.shape[-1]
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation is not None and activation not in tuple(ACTIVATIONS):
         raise _check.error("activation", f"None or one of {', '.join(ACTIVATIONS)}", activation)
     if activation in GATED and len(weight) % 2:
         rule = f"an even number of rows with activation={activation!r}"
@@ -466,6 +469,8 @@ def _check_arguments(
             raise _check.error("norm_bias", "None without norm='layer_norm'", "one")
         _check.vector("norm_bias", norm_bias, K, x.device)
     _check.positive("eps", eps, zero=True)
+    if len(weight) > MOST_OUTPUTS and _runtime.use_kernel(x):
+        raise _check.error("weight", f"at most {MOST_OUTPUTS} rows where kernels run", len(weight))
     held = residual is not None or norm is not None
     if held and not takes(K, x.element_size()) and _runtime.use_kernel(x):
         most = f"at most {MOST_CHANNELS[x.element_size()]} channels of {_check.plain(x.dtype)}"

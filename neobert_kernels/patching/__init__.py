@@ -215,8 +215,9 @@ def _patch(model: nn.Module, options: Options, rows: int = ROWS, keep: bool = Tr
         if options.cuda_graphs:
             base.__dict__[GRAPHS] = new_graphs(base, family)
         if inference:
-            layers = family.layers(base)
-            freeze(base, layers, family.view, family.stack, rows, keep, options.batch_invariant)
+            freeze(
+                base, family.layers, family.view, family.stack, rows, keep, options.batch_invariant
+            )
     return PatchReport(
         families=families,
         replaced=[Entry(r.name, type(r.module).__name__, r.what) for r in replacements],

@@ -29,7 +29,7 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
-from neobert_kernels.patching.few_tokens import Norm, NotPlainError, Stack, linear
+from neobert_kernels.patching.few_tokens import Norm, NotPlainError, Stack, agreed, linear
 from neobert_kernels.patching.frozen import PREPARED, Preparer, Product, is_gelu
 
 OPERATORS = ("add_layer_norm", "attention", "first_pool", "linear_cross_entropy")
@@ -160,7 +160,7 @@ def stack(base: Any) -> Stack:
         post_norm=True,
         split=lambda qkv: heads_of(qkv, size).chunk(3, 1),
         settings=lambda: attention.attention_head_size,
-        scale=attention.scaling,
+        scale=agreed(layer.attention.self.scaling for layer in base.encoder.layer),
     )
 
 

@@ -235,7 +235,7 @@ def encode(base: Any, family: Family, inputs: dict[str, Any], head: HeadCall | N
             if base.__dict__[PREPARED] is None:  # a copy
                 freeze(
                     base,
-                    family.layers(base),
+                    family.layers,
                     family.view,
                     family.stack,
                     invariant=getattr(base, OPTIONS).batch_invariant,
@@ -293,11 +293,11 @@ def _run(
     states: list[Tensor] | None = [] if keep else None
     x = family.embed(base, batch, tokens, extras)
     few = getattr(base.__dict__.get(PREPARED), "few_tokens", None)
-    if few is not None and not keep and few.takes(x):
-        x = few.run(x, batch)
-        x = x if rows is None else x.index_select(0, rows)
-    else:
+    found = None if few is None or keep else few.run(x, batch)
+    if found is None:
         x = family.run(base, x, batch, states, rows)
+    else:
+        x = found if rows is None else found.index_select(0, rows)
     pool = family.pool if rows is None else None
     return Packed(x, batch, states, None if pool is None else pool(base, x, batch))
 

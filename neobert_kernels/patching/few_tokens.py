@@ -15,7 +15,7 @@ not measured.
 
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from neobert_kernels.ops import fused_linear
 from neobert_kernels.ops.attention import launch, peers
 from neobert_kernels.ops.attention.tiles import MAX_HEAD_SIZE
 from neobert_kernels.patching.batch import Batch
-from neobert_kernels.patching.blocks import has_hooks, own_forward, rotated
+from neobert_kernels.patching.blocks import MARK, has_hooks, own_forward, rotated
 
 SWITCH = "NEOBERT_FEW_TOKENS"
 MOST_TOKENS = 64  # four blocks of rows, which read the same weights. Unmeasured.
@@ -123,6 +123,14 @@ def wanted() -> bool:
     return value != "0"
 
 
+def agreed(values: Iterable[Any]) -> Any:
+    """What all layers have alike; NotPlainError where they have not."""
+    first, *others = values
+    if any(other != first for other in others):
+        raise NotPlainError
+    return first
+
+
 class NotPlainError(Exception):
     """A layer has a part that is more than its weights."""
 
@@ -150,7 +158,22 @@ def linear(part: Any) -> Linear:
 
 
 # Attributes of modules from which a layer's numbers come, besides its weights.
-NUMBERS = ("eps", "variance_epsilon", "scaling", "sliding_window", "attention_type")
+NUMBERS = ("eps", "variance_epsilon", "scaling", "sliding_window", "attention_type", "act")
+# Of classes that compute what a layer's own forward is known for; families check the others.
+_LIBRARIES = ("neobert.", "transformers.", "transformers_modules.", "xformers.")
+_TORCH = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ModuleList)
+
+
+def _plain(name: str, module: Any) -> bool:
+    """Whether a module of a layer does what its library's does, or what we put on it."""
+    if "drop" in name.rpartition(".")[2] and type(module) not in (nn.Dropout, nn.Identity):
+        return False
+    own = module.__dict__.get("forward")
+    own = getattr(own, "__func__", own)
+    # A wrapper around ours has its mark, too.
+    if own not in (None, type(module).forward) and getattr(own, MARK, None) is not own:
+        return False
+    return type(module) in _TORCH or type(module).__module__.startswith(_LIBRARIES)
 
 
 class _Seen:
@@ -158,7 +181,7 @@ class _Seen:
 
     Args:
         base: The model.
-        roots: Its layers, whose modules are not called.
+        modules: Of its layers, which are not called.
         weights: Of the stack.
         settings: As `Stack` has them.
     """
@@ -166,11 +189,11 @@ class _Seen:
     def __init__(
         self,
         base: nn.Module,
-        roots: Sequence[nn.Module],
+        modules: list[nn.Module],
         weights: list[Tensor],
         settings: Callable[[], Any],
     ) -> None:
-        everything = list(base.modules())
+        everything = [m for m in base.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self.children = [module._modules for module in everything if module._modules]
         self.parameters = [module._parameters for module in everything if module._parameters]
         self.numbers = [
@@ -179,26 +202,24 @@ class _Seen:
             for name in NUMBERS
             if name in module.__dict__
         ]
-        self.weights, self.settings = weights, settings
-        self.modules = [module for root in roots for module in root.modules()]
-        self.attributes = [module.__dict__ for module in self.modules]
-        self.hooks = [
-            hooks for m in self.modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
-        ]
+        self.weights, self.settings, self.modules = weights, settings, modules
+        self.attributes = [module.__dict__ for module in modules]
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.was = self._now()
-        self.forwards = self._forwards()
 
     def _now(self) -> tuple[Any, ...]:
         return (
             list(map(dict, self.children)),
+            list(map(type, self.modules)),
+            [own.get("forward") for own in self.attributes],
             list(map(id, chain.from_iterable(map(dict.values, self.parameters)))),
             list(map(Tensor.data_ptr, self.weights)),
+            list(map(Tensor.size, self.weights)),
+            list(map(Tensor.stride, self.weights)),
+            [weight.dtype for weight in self.weights],
             [own.get(name) for own, name in self.numbers],
             self.settings(),
         )
-
-    def _forwards(self) -> list[Any]:
-        return [own.get("forward") for own in self.attributes]
 
     def current(self) -> bool:
         """Whether modules, weights and numbers are those that there were, where they were."""
@@ -210,8 +231,15 @@ class _Seen:
             nn.modules.module._has_any_global_hook()
             or (any(self.hooks) and any(map(has_hooks, self.modules)))
             or True in map(TRAINING, self.attributes)
-            or self._forwards() != self.forwards
         )
+
+
+class _Plan(NamedTuple):
+    """How a model runs as it was when it was last looked at; without a stack layer by layer."""
+
+    stack: Stack | None
+    steps: list["_Step"]
+    seen: _Seen
 
 
 class FewTokens:
@@ -219,62 +247,52 @@ class FewTokens:
 
     Args:
         base: The model.
-        roots: Its layers.
+        layers: Its layers now.
         describe: Makes their stack; raises `NotPlainError` where it has none.
     """
 
     def __init__(
-        self, base: nn.Module, roots: Sequence[nn.Module], describe: Callable[[Any], Stack]
+        self,
+        base: nn.Module,
+        layers: Callable[[Any], Iterable[tuple[str, nn.Module]]],
+        describe: Callable[[Any], Stack],
     ) -> None:
-        self.base, self.roots, self.describe = base, roots, describe
-        self._look()
+        self.base, self.layers, self.describe = base, layers, describe
+        self.plan = self._look()
 
-    def _look(self) -> None:
+    def _look(self) -> _Plan:
         """Read the layers as they are now."""
-        self.stack: Stack | None = None
+        named = [pair for _, layer in self.layers(self.base) for pair in layer.named_modules()]
+        stack: Stack | None = None
         weights: list[Tensor] = []
         settings: Callable[[], Any] = tuple  # nothing
         with suppress(NotPlainError):
-            if self.roots:
+            if named and all(_plain(name, module) for name, module in named):
                 stack = self.describe(self.base)
                 weights, settings = _weights(stack), stack.settings
-                self.stack = stack if _fits(stack, weights) else None
-        self.steps = [] if self.stack is None else _steps(self.stack)
-        self.seen = _Seen(self.base, self.roots, weights, settings)
+                stack = stack if _fits(stack, weights) else None
+        seen = _Seen(self.base, [module for _, module in named], weights, settings)
+        return _Plan(stack, [] if stack is None else _steps(stack), seen)
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether a batch with the embeddings ``x [T, C]`` runs here."""
-        if not 0 < len(x) <= MOST_TOKENS or torch.compiler.is_compiling():
-            return False
+    def run(self, x: Tensor, batch: Batch) -> Tensor | None:
+        """All layers and the norm behind them, ``[T, C]`` to ``[T, C]``; None: not here."""
+        if torch.compiler.is_compiling() or not 0 < len(x) <= MOST_TOKENS:
+            return None
         if not _runtime.use_kernel(x) or peers.asked() is not None:
-            return False
-        if not self.seen.current():
-            self._look()
-        if self.stack is None or self.seen.watched():
-            return False
-        like = self.stack.after.weight
-        return x.dtype == like.dtype and x.device == like.device
-
-    def run(self, x: Tensor, batch: Batch) -> Tensor:
-        """All layers and the norm behind them, ``[T, C]`` to ``[T, C]``."""
+            return None
+        plan = self.plan  # of this thread, whatever others find out meanwhile
+        if not plan.seen.current():
+            plan = self.plan = self._look()
+        if plan.stack is None or plan.seen.watched():
+            return None
+        like = plan.stack.after.weight
+        if x.dtype != like.dtype or x.device != like.device:
+            return None
         index = x.get_device()
         if index < 0 or index == torch.cuda.current_device():
-            return self._run(x, batch)
+            return _run(plan.stack, plan.steps, x, batch)
         with torch.cuda.device(index):  # Triton launches on the current one
-            return self._run(x, batch)
-
-    def _run(self, x: Tensor, batch: Batch) -> Tensor:
-        stack = self.stack
-        assert stack is not None
-        if not x.is_contiguous() or x.data_ptr() % _launch.ALIGNMENT:
-            x = x.clone(memory_format=torch.contiguous_format)
-        buffers = _Buffers(x, stack.layers[0])
-        attend = _attention(stack, buffers, batch)
-        delta = None
-        for step in self.steps:
-            x, delta = step(x, delta, buffers, attend[step.kind])
-        assert delta is not None
-        return stack.after.add(x, delta)
+            return _run(plan.stack, plan.steps, x, batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model has one of its own."""
@@ -283,23 +301,58 @@ class FewTokens:
         return type(None), ()
 
 
+def _run(stack: Stack, steps: list["_Step"], x: Tensor, batch: Batch) -> Tensor:
+    if not x.is_contiguous() or x.data_ptr() % _launch.ALIGNMENT:
+        x = x.clone(memory_format=torch.contiguous_format)
+    buffers = _Buffers(x, stack.layers[0])
+    attend = _attention(stack, buffers, batch)
+    delta = None
+    for step in steps:
+        x, delta = step(x, delta, buffers, attend[step.kind])
+    assert delta is not None
+    return stack.after.add(x, delta)
+
+
 def _weights(stack: Stack) -> list[Tensor]:
+    """Each once; NotPlainError where one is no plain tensor in memory."""
     parts: list[Any] = [stack.after]
     for layer in stack.layers:
         parts += [part for part in layer if isinstance(part, (Norm, Linear))]
-    tensors = [value for part in parts for value in part if isinstance(value, Tensor)]
-    return list({id(value): value for value in tensors}.values())
+    tensors = {id(x): x for part in parts for x in part if isinstance(x, Tensor)}
+    if any(type(x) not in (Tensor, nn.Parameter) for x in tensors.values()):
+        raise NotPlainError
+    return list(tensors.values())
 
 
 def _fits(stack: Stack, weights: list[Tensor]) -> bool:
-    """Whether the kernels take these widths, in one dtype on one device."""
-    qkv, like = stack.layers[0].qkv.weight, stack.after.weight
-    q, k, _ = stack.split(qkv.new_empty((1, len(qkv)), device="meta"))
+    """Whether the kernels take these widths, one for all layers, in one dtype on one device."""
+    first, like = stack.layers[0], stack.after.weight
+    N, C = first.qkv.weight.shape
+    q, k, v = stack.split(torch.empty((1, N), device="meta"))
+    size, inner = q.shape[2], first.contract.weight.shape[1]
+    wide = inner * (2 if first.activation in fused_linear.GATED else 1)
+    linears = {"qkv": (N, C), "out": (C, q.shape[1] * size), "expand": (wide, C)}
+    linears["contract"] = (C, inner)
+    norms = [stack.after, *(n for each in stack.layers for n in (each.before, each.between) if n)]
     return (
-        q.shape[2] % 8 == 0
-        and q.shape[2] <= MAX_HEAD_SIZE
+        size % 8 == 0
+        and size <= MAX_HEAD_SIZE
         and q.shape[1] % k.shape[1] == 0
-        and fused_linear.takes(qkv.shape[1], qkv.element_size())
+        and k.shape == v.shape
+        and fused_linear.takes(C, like.element_size())
+        and all(
+            getattr(each, name).weight.shape == shape
+            and (getattr(each, name).bias is None or len(getattr(each, name).bias) == shape[0])
+            for each in stack.layers
+            for name, shape in linears.items()
+        )
+        and all(each.activation == first.activation for each in stack.layers)
+        and all(
+            vector.shape == (C,)
+            for n in norms
+            for vector in (n.weight, n.bias)
+            if vector is not None
+        )
         and all(w.dtype == like.dtype and w.device == like.device for w in weights)
         and all(w.is_contiguous() for w in weights)
     )

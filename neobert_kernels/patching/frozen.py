@@ -65,7 +65,7 @@ class Product:
         self.linears, self.order, self.gelu, self.rows = tuple(linears), order, gelu, rows
         self.multiply = nk.batch_invariant_linear if fixed else F.linear
         self.sources = [
-            (linear, name, p, p._version, p.data_ptr())
+            (linear, name, p, p._version, (p.data_ptr(), p.shape, p.stride()))
             for linear in self.linears
             for name, p in linear._parameters.items()
             if p is not None
@@ -100,9 +100,11 @@ class Product:
 
     def stale(self) -> str | None:
         """What changed since the product was made: the name of a parameter, or "hooks"."""
-        for linear, name, parameter, version, pointer in self.sources:
+        for linear, name, parameter, version, place in self.sources:
             now = linear._parameters.get(name)
-            if now is not parameter or now._version != version or now.data_ptr() != pointer:
+            if now is not parameter or now._version != version:
+                return name
+            if (now.data_ptr(), now.shape, now.stride()) != place:
                 return name
         for linear in self.linears:
             if linear._forward_hooks or linear._forward_pre_hooks or own_forward(linear):
@@ -257,7 +259,7 @@ def refuse_other_use(base: Any, embeds: Tensor | None) -> None:
 
 def freeze(
     base: Any,
-    layers: Iterable[tuple[str, nn.Module]],
+    layers_of: Callable[[Any], Iterable[tuple[str, nn.Module]]],
     view_of: Callable[[Any, Any, Preparer], View],
     stack_of: Callable[[Any], Stack],
     rows: int = ROWS,
@@ -272,8 +274,7 @@ def freeze(
     fixed = invariant and _runtime.use_kernel(first)
     prepare = Preparer(first.device, first.dtype, rows, fixed)
     views, frozen = [], Frozen(prepare.products, [])
-    modules = [layer for _, layer in layers]
-    for layer in modules:
+    for _, layer in layers_of(base):
         made = len(prepare.products)
         layer.__dict__[PREPARED] = view = view_of(base, layer, prepare)
         views += view.all()
@@ -282,6 +283,6 @@ def freeze(
                 product.release()
     frozen.views, frozen.released = views, not keep
     if not invariant and few_tokens.wanted():  # these products have bits of their own
-        frozen.few_tokens = FewTokens(base, modules, stack_of)
+        frozen.few_tokens = FewTokens(base, layers_of, stack_of)
     base.__dict__[PREPARED] = frozen
     return frozen

@@ -24,7 +24,7 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
-from neobert_kernels.patching.few_tokens import Norm, NotPlainError, Stack, linear
+from neobert_kernels.patching.few_tokens import Norm, NotPlainError, Stack, agreed, linear
 from neobert_kernels.patching.frozen import PREPARED, Preparer
 
 OPERATORS = (
@@ -173,7 +173,7 @@ def stack(base: Any) -> Stack:
         post_norm=False,
         split=lambda qkv: qkv.unflatten(-1, (3, heads, -1)).unbind(1),
         settings=lambda: [_theta(base, kind) for kind in (SLIDING, FULL)],
-        interleaved=base.layers[0].__dict__[PREPARED].attn.interleaved,
+        interleaved=agreed(layer.__dict__[PREPARED].attn.interleaved for layer in base.layers),
     )
 
 

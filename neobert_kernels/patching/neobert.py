@@ -21,7 +21,7 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
-from neobert_kernels.patching.few_tokens import Norm, Stack, linear
+from neobert_kernels.patching.few_tokens import Norm, Stack, agreed, linear
 from neobert_kernels.patching.frozen import PREPARED, Preparer, pair_order
 
 OPERATORS = (
@@ -122,7 +122,7 @@ def stack_with(base: Any, theta: Callable[[], float]) -> Stack:
         post_norm=False,
         split=lambda qkv: qkv.unflatten(-1, (heads, 3, -1)).unbind(2),
         settings=theta,
-        interleaved=any(view.interleaved for view in views),
+        interleaved=agreed(view.interleaved for view in views),
     )
 
 

@@ -23,7 +23,14 @@ from neobert_kernels.patching.blocks import (
     refuse_attention_dropout,
     rotated,
 )
-from neobert_kernels.patching.few_tokens import Layer, Norm, NotPlainError, Stack, linear
+from neobert_kernels.patching.few_tokens import (
+    Layer,
+    Norm,
+    NotPlainError,
+    Stack,
+    agreed,
+    linear,
+)
 from neobert_kernels.patching.frozen import PREPARED, Preparer
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -100,16 +107,16 @@ def few_layer(base: Any, layer: Any, before: Norm | None, between: Norm) -> Laye
 
 def few_stack(base: Any, found: list[Layer], after: Norm, post_norm: bool) -> Stack:
     attention = used_layers(base)[0].self_attn
-    view = used_layers(base)[0].__dict__[PREPARED].self_attn
-    counts, size = view.counts, attention.head_dim
+    views = [layer.__dict__[PREPARED].self_attn for layer in used_layers(base)]
+    counts, size = views[0].counts, attention.head_dim
     return Stack(
         layers=found,
         after=after,
         post_norm=post_norm,
         split=lambda qkv: heads_of(qkv, size).split(counts, 1),
         settings=lambda: (base.config.rope_parameters["rope_theta"], len(used_layers(base))),
-        interleaved=view.interleaved,
-        scale=attention.scaling,
+        interleaved=agreed(view.interleaved for view in views),
+        scale=agreed(layer.self_attn.scaling for layer in used_layers(base)),
     )
 
 

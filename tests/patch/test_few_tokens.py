@@ -1,6 +1,7 @@
 """Frozen models on few tokens: the numbers of the patched model, in five launches a layer."""
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -74,8 +75,10 @@ def ran(monkeypatch):
     found, run = [], FewTokens.run
 
     def counting(self, x, batch):
-        found.append(len(x))
-        return run(self, x, batch)
+        y = run(self, x, batch)
+        if y is not None:
+            found.append(len(x))
+        return y
 
     monkeypatch.setattr(FewTokens, "run", counting)
     return found
@@ -357,6 +360,107 @@ def test_a_weight_that_is_computed_is_computed_at_every_call(ran):
     torch.testing.assert_close(found, real_states(twin, "neobert"), **ROUNDING)
 
 
+class Thrice(nn.Module):
+    def forward(self, x):
+        return x * 3
+
+
+class LinearAndMore(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 3
+
+
+def of_another_width(model, before):
+    if before:
+        layer = model.encoder.layer[1]
+        layer.intermediate.dense = nn.Linear(48, 40, device=DEVICE)
+        layer.output.dense = nn.Linear(40, 48, device=DEVICE)
+
+
+def pruned_by_views(model, before):
+    if not before:
+        for layer in model.transformer_encoder:
+            layer.ffn.w12.weight.data = layer.ffn.w12.weight.data[:16]
+            layer.ffn.w3.weight.data = layer.ffn.w3.weight.data[:, :8]
+
+
+def transposed_in_place(model, before):
+    if not before:
+        weight = model.encoder.layer[1].attention.output.dense.weight
+        weight.data = weight.data.t()
+
+
+def steered(model, before):
+    if not before:
+        model.encoder.layer[0].output.dropout = Thrice()
+
+
+def steered_before(model, before):
+    if before:
+        model.encoder.layer[0].output.dropout = Thrice()
+
+
+def of_another_class(model, before):
+    if not before:
+        model.encoder.layer[1].attention.output.dense.__class__ = LinearAndMore
+
+
+def wrapped(model, before):
+    if not before:
+        layer = model.encoder.layer[0]
+        forward = layer.forward
+        layer.forward = functools.wraps(forward)(lambda *args: forward(*args) * 3)
+
+
+def wrapped_then_changed(model, before):
+    if not before:
+        wrapped(model, before)
+        real_states(model, "bert")
+        weight = model.encoder.layer[1].attention.output.dense.weight
+        weight.data = weight.data.clone()
+
+
+DIFFERENT = (
+    of_another_width, pruned_by_views, transposed_in_place, steered, steered_before,
+    of_another_class, wrapped, wrapped_then_changed,
+)  # fmt: skip
+
+
+@runs_kernel
+@pytest.mark.parametrize("change", DIFFERENT)
+def test_layers_that_differ_are_what_their_own_forwards_make_them(change, ran, monkeypatch):
+    """Called as they are, or read again: never with old sizes, old bits or without a part."""
+    found = []
+    family = "neobert" if change is pruned_by_views else "bert"
+    for switch in ("1", "0"):
+        monkeypatch.setenv(SWITCH, switch)
+        model = encoder(family)
+        with torch.no_grad():
+            torch.manual_seed(2)
+            change(model.eval(), before=True)
+            nk.patch(model.eval(), inference=True)
+            real_states(model, family)
+            change(model, before=False)
+            model.eval()
+            found.append(real_states(model, family))
+    torch.testing.assert_close(*found, **ROUNDING)
+
+
+@runs_kernel
+def test_a_hook_that_is_gone_leaves_one_order_of_pairs(ran):
+    """While it was there its layer kept its own rows of q and k; the others were put in order."""
+    model = encoder("modernbert")
+    handle = model.layers[1].attn.Wqkv.register_forward_hook(lambda *call: None)
+    nk.patch(model, inference=True)
+    handle.remove()
+    found = real_states(model, "modernbert")
+    assert not ran
+    twin = encoder("modernbert")
+    nk.patch(twin, inference=True)
+    torch.testing.assert_close(found, real_states(twin, "modernbert"), **ROUNDING)
+    assert len(ran) == 1
+
+
 def wide(model, monkeypatch):
     monkeypatch.setattr(fused_linear, "MOST_CHANNELS", {2: 40, 4: 40})
     return {}
@@ -512,10 +616,15 @@ def test_later_forwards_launch_what_the_first_did(gpu, family, ran):
 def _outside(gpu, model, family):
     """Launches of a forward whose layers launch nothing."""
     few = model.__dict__[PREPARED].few_tokens
-    steps, few.steps = few.steps, [lambda x, delta, *_: (x, x)]
-    few.steps[0].kind = steps[0].kind
+    plan = few.plan
+
+    def idle(x, *_):
+        return x, x
+
+    idle.kind = plan.steps[0].kind
+    few.plan = plan._replace(steps=[idle])
     states(model, **packed(9, 4))
-    few.steps = steps
+    few.plan = plan
     found = list(gpu.calls)
     gpu.calls.clear()
     return found
