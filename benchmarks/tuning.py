@@ -66,7 +66,7 @@ KNOBS: tuple[Knob, ...] = (
     Knob("linear_cross_entropy.kernels", "COLUMN_SUM", ("linear_cross_entropy",)),
     Knob("linear_cross_entropy.kernels", "tile", ("linear_cross_entropy",)),
     Knob("linear", "choice", ("batch_invariant_linear",)),
-    Knob("fused_linear", "choice", ("fused_linear",)),
+    Knob("fused_linear.launch", "choice", ("fused_linear",)),
     Knob("info_nce", "choice", ("info_nce",), free=frozenset({"chunk"})),
     Knob("info_nce", "PROGRAMS_PER_SM", ("info_nce",)),
     Knob("pooling", "tile", ("mean_pool", "first_pool")),

@@ -27,14 +27,19 @@ _len_dispatch, _len_function, _transforms, _trace = (
 )
 
 
+def in_a_mode() -> bool:
+    """Whether a mode, a trace or a transform is to see every operator."""
+    if not _KNOWN or _len_dispatch() or _len_function():
+        return True
+    return bool(_transforms()) or _trace() is not None
+
+
 def unobserved(args: tuple[Any, ...]) -> bool:
     """Whether plain tensors meet no compiler, trace, transform, mode, profiler or gradient.
 
     They are private, but old: where a build lacks one, every call is observed.
     """
-    if torch.compiler.is_compiling() or not _KNOWN or not _PLAIN.issuperset(map(type, args)):
-        return False
-    if _len_dispatch() or _len_function() or _transforms() or _trace() is not None:
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, args)) or in_a_mode():
         return False
     if profiler._is_profiler_enabled or forward_ad._current_level >= 0:
         return False

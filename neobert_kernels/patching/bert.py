@@ -20,6 +20,7 @@ from neobert_kernels.patching.blocks import (
     at,
     expect,
     heads_of,
+    is_gelu,
     is_watched,
     layer_norm,
     look_up,
@@ -30,7 +31,7 @@ from neobert_kernels.patching.blocks import (
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
 from neobert_kernels.patching.few_tokens import Norm, NotPlainError, Stack, agreed, linear
-from neobert_kernels.patching.frozen import PREPARED, Preparer, Product, is_gelu
+from neobert_kernels.patching.frozen import PREPARED, Preparer, Product
 
 OPERATORS = ("add_layer_norm", "attention", "first_pool", "linear_cross_entropy")
 
@@ -107,7 +108,7 @@ def _expanded(intermediate: Any, x: Tensor) -> Tensor:
     if isinstance(intermediate, Product):
         return intermediate(x)
     parts = intermediate, intermediate.dense, intermediate.intermediate_act_fn
-    gelu = getattr(intermediate.intermediate_act_fn, "act", None) is nn.functional.gelu
+    gelu = is_gelu(intermediate.intermediate_act_fn)
     if not gelu or torch.is_grad_enabled() or any(is_watched(part) for part in parts):
         return intermediate(x)
     return torch.ops.aten.gelu_(intermediate.dense(x))
@@ -137,7 +138,7 @@ def stack(base: Any) -> Stack:
     for layer in base.encoder.layer:
         view = layer.__dict__[PREPARED]
         wide = layer.intermediate
-        if is_watched(wide) or not is_gelu(wide.intermediate_act_fn):
+        if not is_gelu(wide.intermediate_act_fn):
             raise NotPlainError
         found.append(
             few_tokens.Layer(

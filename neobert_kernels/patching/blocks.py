@@ -120,6 +120,11 @@ def is_watched(module: Any) -> bool:
     return own or not library or nn.modules.module._has_any_global_hook()
 
 
+def is_gelu(activation: Any) -> bool:
+    """Whether this is transformers' exact GELU, by its function and not by its name."""
+    return getattr(activation, "act", None) is nn.functional.gelu
+
+
 def refuse_attention_dropout(training: bool, probability: float) -> None:
     if training and probability > 0:
         raise _check.error(

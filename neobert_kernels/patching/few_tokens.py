@@ -25,11 +25,13 @@ from torch import Tensor, nn
 
 import neobert_kernels as nk
 from neobert_kernels import _check, _launch, _runtime
-from neobert_kernels.ops import fused_linear
-from neobert_kernels.ops.attention import launch, peers
+from neobert_kernels._eager import in_a_mode
+from neobert_kernels.ops.attention import launch as attention
+from neobert_kernels.ops.attention import peers
 from neobert_kernels.ops.attention.tiles import MAX_HEAD_SIZE
+from neobert_kernels.ops.fused_linear import launch as fused
 from neobert_kernels.patching.batch import Batch
-from neobert_kernels.patching.blocks import MARK, has_hooks, own_forward, rotated
+from neobert_kernels.patching.blocks import MARK, has_hooks, rotated
 
 SWITCH = "NEOBERT_FEW_TOKENS"
 MOST_TOKENS = 64  # four blocks of rows, which read the same weights. Unmeasured.
@@ -149,10 +151,10 @@ def linear(part: Any) -> Linear:
         NotPlainError: It is called for more than its product.
     """
     if isinstance(part, nn.Module):
-        if type(part) is not nn.Linear or own_forward(part):
+        if type(part) is not nn.Linear:
             raise NotPlainError
         return Linear(_own(part, "weight"), _own(part, "bias"))
-    elif part is None or part.packed:
+    if part is None or part.packed:
         raise NotPlainError
     return Linear(part.weight, part.bias)
 
@@ -278,7 +280,9 @@ class FewTokens:
         """All layers and the norm behind them, ``[T, C]`` to ``[T, C]``; None: not here."""
         if torch.compiler.is_compiling() or not 0 < len(x) <= MOST_TOKENS:
             return None
-        if not _runtime.use_kernel(x) or peers.asked() is not None:
+        if type(x) is not Tensor or not _runtime.use_kernel(x) or in_a_mode():
+            return None
+        if peers.asked() is not None:
             return None
         plan = self.plan  # of this thread, whatever others find out meanwhile
         if not plan.seen.current():
@@ -330,7 +334,7 @@ def _fits(stack: Stack, weights: list[Tensor]) -> bool:
     N, C = first.qkv.weight.shape
     q, k, v = stack.split(torch.empty((1, N), device="meta"))
     size, inner = q.shape[2], first.contract.weight.shape[1]
-    wide = inner * (2 if first.activation in fused_linear.GATED else 1)
+    wide = inner * (2 if first.activation in fused.GATED else 1)
     linears = {"qkv": (N, C), "out": (C, q.shape[1] * size), "expand": (wide, C)}
     linears["contract"] = (C, inner)
     norms = [stack.after, *(n for each in stack.layers for n in (each.before, each.between) if n)]
@@ -339,7 +343,7 @@ def _fits(stack: Stack, weights: list[Tensor]) -> bool:
         and size <= MAX_HEAD_SIZE
         and q.shape[1] % k.shape[1] == 0
         and k.shape == v.shape
-        and fused_linear.takes(C, like.element_size())
+        and fused.takes(C, like.element_size())
         and all(
             getattr(each, name).weight.shape == shape
             and (getattr(each, name).bias is None or len(getattr(each, name).bias) == shape[0])
@@ -363,7 +367,7 @@ class _Buffers:
 
     def __init__(self, x: Tensor, layer: Layer) -> None:
         T = len(x)
-        gated = 2 if layer.activation in fused_linear.GATED else 1
+        gated = 2 if layer.activation in fused.GATED else 1
         self.qkv = x.new_empty((T, len(layer.qkv.weight)))
         self.mixed = x.new_empty((T, layer.out.weight.shape[1]))
         self.expanded = x.new_empty((T, len(layer.expand.weight) // gated))
@@ -389,7 +393,7 @@ def _attention(stack: Stack, buffers: _Buffers, batch: Batch) -> dict[Kind, Call
     for window, theta in kinds:
         table = tables[theta]
         cos, sin = (None, None) if table is None else (table.cos, table.sin)
-        found[window, theta] = launch.repeated(
+        found[window, theta] = attention.repeated(
             out, lse, q, k, v, batch.cu_seqlens, min(batch.max_seqlen, T), cos, sin,
             stack.interleaved, window, scale,
         )  # fmt: skip
@@ -429,10 +433,10 @@ class _Step:
 
 def _repeated(
     linear: Linear, norm: Norm | None = None, activation: str | None = None
-) -> fused_linear.Repeated:
+) -> fused.Repeated:
     if norm is None:
-        return fused_linear.Repeated(*linear, activation=activation)
-    return fused_linear.Repeated(
+        return fused.Repeated(*linear, activation=activation)
+    return fused.Repeated(
         *linear, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps,
         centered=norm.kind == "layer_norm", activation=activation,
     )  # fmt: skip

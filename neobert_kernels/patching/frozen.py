@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import neobert_kernels as nk
 from neobert_kernels import _check, _runtime
 from neobert_kernels.patching import few_tokens
-from neobert_kernels.patching.blocks import View, has_hooks, is_watched, own_forward
+from neobert_kernels.patching.blocks import View, has_hooks, is_gelu, is_watched, own_forward
 from neobert_kernels.patching.few_tokens import FewTokens, Stack
 
 # Attribute of a frozen base model (its `Frozen`) and of its layers (their `View`).
@@ -143,7 +143,9 @@ class Preparer:
 
     def with_gelu(self, linear: Any, activation: Any) -> Product | None:
         """A Linear layer with the activation behind it, if that is the exact GELU."""
-        if not (self.packs and _plain(linear) and is_gelu(activation)):
+        if not (self.packs and _plain(linear)):
+            return None
+        if not is_gelu(activation) or is_watched(activation):
             return None
         return self._product([linear], gelu=True)
 
@@ -177,11 +179,6 @@ class Preparer:
 def _plain(linear: Any) -> bool:
     own = own_forward(linear) or has_hooks(linear) or nn.modules.module._has_any_global_hook()
     return type(linear) is nn.Linear and not own
-
-
-def is_gelu(activation: Any) -> bool:
-    """Whether this is transformers' exact GELU, by its function and not by its name."""
-    return getattr(activation, "act", None) is F.gelu and not is_watched(activation)
 
 
 def pair_order(heads: int, size: int, to_interleaved: bool) -> Tensor:

@@ -16,7 +16,6 @@ from neobert_kernels.patching.blocks import (
     at,
     expect,
     in_pairs,
-    is_watched,
     layer_norm,
     refuse_attention_dropout,
     rotated,
@@ -24,7 +23,7 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
-from neobert_kernels.patching.few_tokens import Norm, NotPlainError, Stack, agreed, linear
+from neobert_kernels.patching.few_tokens import Norm, Stack, agreed, linear
 from neobert_kernels.patching.frozen import PREPARED, Preparer
 
 OPERATORS = (
@@ -149,8 +148,6 @@ def stack(base: Any) -> Stack:
     found = []
     for layer in base.layers:
         view = layer.__dict__[PREPARED]
-        if is_watched(layer.mlp.act):
-            raise NotPlainError
         plain = isinstance(layer.attn_norm, nn.Identity)
         reach = layer.attn.sliding_window
         found.append(

@@ -23,14 +23,7 @@ from neobert_kernels.patching.blocks import (
     refuse_attention_dropout,
     rotated,
 )
-from neobert_kernels.patching.few_tokens import (
-    Layer,
-    Norm,
-    NotPlainError,
-    Stack,
-    agreed,
-    linear,
-)
+from neobert_kernels.patching.few_tokens import Layer, Norm, Stack, agreed, linear
 from neobert_kernels.patching.frozen import PREPARED, Preparer
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -91,8 +84,6 @@ def feed_forward(mlp: Any, x: Tensor) -> Tensor:
 def few_layer(base: Any, layer: Any, before: Norm | None, between: Norm) -> Layer:
     """A frozen model's layer by its weights, between its norms."""
     view = layer.__dict__[PREPARED]
-    if is_watched(layer.mlp) or is_watched(layer.mlp.act_fn):
-        raise NotPlainError
     return Layer(
         before=before,
         qkv=linear(view.self_attn.qkv),

@@ -10,6 +10,7 @@ import torch
 from encoders import ENCODERS, VOCABULARY, padded, randomized
 from hypothesis import given
 from hypothesis import strategies as st
+from stand_in import StandIn
 
 import neobert_kernels as nk
 from neobert_kernels.patching import graphs
@@ -18,21 +19,6 @@ from neobert_kernels.patching.graphs import GRAPHS, Graphs, bucket_of, edges, pa
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: graphs record one")
 lengths_of_documents = st.lists(st.integers(0, 700), min_size=1, max_size=40)
-
-
-class StandIn:
-    """Repeats the function on the recorded tensors, into the recorded results."""
-
-    recorded = 0
-
-    def __init__(self, function, pool):
-        type(self).recorded += 1
-        self.function, self.outputs = function, function()
-
-    def replay(self):
-        for own, new in zip(self.outputs, self.function(), strict=True):
-            if own is not None:
-                own.copy_(new)
 
 
 @pytest.fixture

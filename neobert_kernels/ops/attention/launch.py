@@ -148,16 +148,9 @@ class Call(NamedTuple):
         )  # fmt: skip
         return _prepared(which, tile, self.form, inside, search), arguments
 
-    def run(
-        self,
-        which: int,
-        tile: tiles.Tile,
-        heads: int,
-        pointers: list[Tensor],
-        strided: list[Tensor],
-    ) -> None:
-        """Start `KERNELS` ``[which]``."""
-        prepared, arguments = self.ready(which, tile, heads, pointers, strided)
+    def run(self, which: int, tile: tiles.Tile, *rest: Any) -> None:
+        """Start what is `ready`."""
+        prepared, arguments = self.ready(which, tile, *rest)
         if tile.tma:
             # The allocator is a context variable: in a copy of the context, a user's own one stays.
             contextvars.copy_context().run(_with_workspace, prepared, arguments)
