@@ -166,10 +166,8 @@ _LIBRARIES = ("neobert.", "transformers.", "transformers_modules.", "xformers.")
 _TORCH = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ModuleList)
 
 
-def _plain(name: str, module: Any) -> bool:
+def _plain(module: Any) -> bool:
     """Whether a module of a layer does what its library's does, or what we put on it."""
-    if "drop" in name.rpartition(".")[2] and type(module) not in (nn.Dropout, nn.Identity):
-        return False
     own = module.__dict__.get("forward")
     own = getattr(own, "__func__", own)
     # A wrapper around ours has its mark, too.
@@ -264,16 +262,16 @@ class FewTokens:
 
     def _look(self) -> _Plan:
         """Read the layers as they are now."""
-        named = [pair for _, layer in self.layers(self.base) for pair in layer.named_modules()]
+        modules = [module for _, layer in self.layers(self.base) for module in layer.modules()]
         stack: Stack | None = None
         weights: list[Tensor] = []
         settings: Callable[[], Any] = tuple  # nothing
         with suppress(NotPlainError):
-            if named and all(_plain(name, module) for name, module in named):
+            if modules and all(map(_plain, modules)):
                 stack = self.describe(self.base)
                 weights, settings = _weights(stack), stack.settings
                 stack = stack if _fits(stack, weights) else None
-        seen = _Seen(self.base, [module for _, module in named], weights, settings)
+        seen = _Seen(self.base, modules, weights, settings)
         return _Plan(stack, [] if stack is None else _steps(stack), seen)
 
     def run(self, x: Tensor, batch: Batch) -> Tensor | None:

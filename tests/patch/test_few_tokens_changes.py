@@ -153,10 +153,17 @@ def test_what_else_changes_is_seen(what, ran, monkeypatch):
     torch.testing.assert_close(found, real_states(by_layer, family), **ROUNDING)
 
 
+NORMS = {
+    "in a layer": lambda model: model.transformer_encoder[1].ffn_norm,
+    "the last": lambda model: model.layer_norm,
+}
+
+
 @runs_kernel
-def test_a_weight_that_is_computed_is_computed_at_every_call(ran):
+@pytest.mark.parametrize("which", NORMS)
+def test_a_weight_that_is_computed_is_computed_at_every_call(which, ran):
     model = encoder()
-    norm = model.transformer_encoder[1].ffn_norm
+    norm = NORMS[which](model)
     nk.patch(model, inference=True)
     real_states(model, "neobert")
 
@@ -172,8 +179,7 @@ def test_a_weight_that_is_computed_is_computed_at_every_call(ran):
     assert len(ran) == 1
     twin = encoder()
     with torch.no_grad():
-        weight = twin.transformer_encoder[1].ffn_norm.weight
-        weight.add_(2).mul_(2)
+        NORMS[which](twin).weight.add_(2).mul_(2)
     nk.patch(twin, inference=True)
     torch.testing.assert_close(found, real_states(twin, "neobert"), **ROUNDING)
 
