@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_cases import DEVICE, bounds, dense, make, on_the_cpu, table
+from attention_cases import DEVICE, bounds, dense, make, on_the_cpu, table, ulps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import assert_within_budget, outputs_and_gradients
@@ -75,7 +75,8 @@ def compare(name, lengths, dtype=DTYPE, heads=2, groups=None, rope=False, **opti
         actual = [x.cpu() for x in outputs_and_gradients(op, qkv, grad)]
     exact, rounded = (on_the_cpu(meaning, qkv, grad, wide) for wide in (torch.double, dtype))
     # Together: a single gradient of a tiny batch may be exact, or all rounding, by luck.
-    assert_within_budget(*(torch.cat([x.flatten() for x in v]) for v in (actual, rounded, exact)))
+    parts = (torch.cat([x.flatten() for x in values]) for values in (actual, rounded, exact))
+    assert_within_budget(*parts, ulps=ulps(*qkv, *grad, options.get("scale")))
 
 
 @pytest.mark.parametrize("lengths", [RAGGED, EVEN], ids=["ragged", "even"])
