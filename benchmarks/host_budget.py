@@ -18,9 +18,10 @@ from fake_gpu import fake_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neobert_kernels as nk
-from neobert_kernels import _check, _runtime, patching
-from neobert_kernels.ops.attention import launch, tiles
-from neobert_kernels.ops.fused_linear.launch import Repeated
+from neobert_kernels import _check, _driver, _runtime, patching
+from neobert_kernels.ops.attention import launch as attention
+from neobert_kernels.ops.attention import tiles
+from neobert_kernels.ops.fused_linear import launch as fused
 from neobert_kernels.patching import few_tokens, modernbert
 
 GENERATION = 90  # of the GPU whose launch choices are counted
@@ -166,17 +167,27 @@ def build(make: Any, layers: int, dtype: torch.dtype = torch.bfloat16, **options
 def _counted(counts: Counts) -> Iterator[None]:
     """What layers on few tokens start themselves, which no dispatcher sees."""
 
-    def start_product(*_: Any) -> None:
-        counts.launches["neobert::fused_linear"] += 1
+    class Started:
+        """In place of a launch that is ready."""
 
-    def start_attention() -> None:
-        counts.launches["neobert::attention"] += 1  # RoPE is inside: documents are short
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def start(self) -> None:
+            counts.launches[self.name] += 1
+
+    def product(*_: Any) -> Started:
+        return Started("neobert::fused_linear")
+
+    def attend(*_: Any) -> Started:
+        return Started("neobert::attention")  # RoPE is inside: documents are short
 
     with ExitStack() as stack:
         # The counter is itself a mode, under which nothing would go past the dispatcher.
         stack.enter_context(mock.patch.object(few_tokens, "in_a_mode", return_value=False))
-        stack.enter_context(mock.patch.object(Repeated, "__call__", start_product))
-        stack.enter_context(mock.patch.object(launch, "repeated", return_value=start_attention))
+        stack.enter_context(mock.patch.object(_driver, "library", return_value=None))
+        stack.enter_context(mock.patch.object(fused, "ready", product))
+        stack.enter_context(mock.patch.object(attention, "ready", attend))
         yield
 
 

@@ -6,18 +6,19 @@ starts it directly. Both are what Triton documents: ``kernel[grid](...)`` return
 kernel, which takes ``[grid](...)`` itself.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
-from neobert_kernels import _triton
+from neobert_kernels import _driver, _triton
 
 MOST_FORMS = 256  # of one kernel; an option that changes at every call must not fill memory
 ALIGNMENT = 16  # bytes; Triton compiles other accesses for pointers that are not so aligned
 INT32 = 2**31
 MOST_PREPARED = 256  # that a cache of them keeps
+NO_CELLS: Mapping[int, Any] = MappingProxyType({})
 
 
 class Prepared:
@@ -60,21 +61,10 @@ class Prepared:
         if _is_binary(compiled) and len(self._compiled) < MOST_FORMS:
             self._compiled[form] = compiled
 
-    def starter(
-        self, grid: tuple[int, int, int], *args: Any
-    ) -> tuple[Callable[..., None], tuple[Any, ...]]:
-        """What launches on ``grid``, for arguments of the form of ``args``: nobody looks again.
-
-        Form is what `_form` says: types, alignment, and numbers but those that may change.
-
-        Returns:
-            ``(start, rest)``: to be called as ``start(*args, *rest)``.
-        """
-        form = None if self._interpreted else self._form(args)
-        found = None if form is None else self._compiled.get(form)
-        if found is None or self.kernel.pre_run_hooks:
-            return functools.partial(self, grid), ()
-        return found[grid], self._constexprs
+    def binary(self, *args: Any) -> Any:
+        """Triton's compiled kernel for arguments of this form; None before it has started one."""
+        form = None if self._interpreted or self.kernel.pre_run_hooks else self._form(args)
+        return None if form is None else self._compiled.get(form)
 
     def _form(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """What Triton chooses the binary by; None for arguments that only it should judge.
@@ -95,6 +85,32 @@ class Prepared:
             if not 0 <= number < INT32:
                 return None
         return (args[0].get_device(), *types, *args[self._numbers :])
+
+
+class Ready(NamedTuple):
+    """A launch: a kernel with its grid and arguments."""
+
+    prepared: Prepared
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+
+    def start(self) -> None:
+        """On the current GPU, which is that of the tensors."""
+        self.prepared(self.grid, *self.arguments)
+
+    def bound(
+        self, queue: _driver.Queue, cells: Mapping[int, Any] = NO_CELLS
+    ) -> _driver.Launch | None:
+        """For the driver, where Triton has started it before.
+
+        Args:
+            cells: In place of arguments, by the ``id`` of a tensor or the index of a number.
+        """
+        arguments = [
+            cells.get(id(x) if isinstance(x, torch.Tensor) else i, x)
+            for i, x in enumerate(self.arguments)
+        ]
+        return queue.bind(self.prepared.binary(*self.arguments), self.grid, arguments)
 
 
 def _kind(parameter: Any) -> int:

@@ -318,11 +318,15 @@ def _launch_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Te
     cos, sin = _fake_table(positions, dim, theta)
     if T:
         tile = choice(dim, 4)
-        _rope_table_kernel[(triton.cdiv(T, tile.tokens),)](
-            positions.contiguous(), cos, sin, T, float(theta), D=dim, HALF=tile.half,
-            TOKENS=tile.tokens, num_warps=tile.warps, **_runtime.FP_FUSION,
-        )  # fmt: skip
+        grid = triton.cdiv(T, tile.tokens), 1, 1
+        _prepared_table(tile, dim)(grid, positions.contiguous(), cos, sin, T, float(theta))
     return cos, sin
+
+
+@functools.lru_cache(MOST_PREPARED)
+def _prepared_table(tile: Choice, dim: int) -> Prepared:
+    constexprs = {"D": dim, "HALF": tile.half, "TOKENS": tile.tokens}
+    return Prepared(_rope_table_kernel, constexprs, num_warps=tile.warps, **_runtime.FP_FUSION)
 
 
 def _fake(x: Tensor, *_: Any) -> Tensor:

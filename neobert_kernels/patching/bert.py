@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import neobert_kernels as nk
 from neobert_kernels import _check
-from neobert_kernels.patching import few_tokens, heads
+from neobert_kernels.patching import heads
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import (
     Context,
@@ -30,8 +30,8 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
-from neobert_kernels.patching.few_tokens import Norm, NotPlainError, Stack, agreed, linear
 from neobert_kernels.patching.frozen import PREPARED, Preparer, Product
+from neobert_kernels.patching.stacks import Layer, Norm, NotPlainError, Stack, agreed, linear
 
 OPERATORS = ("add_layer_norm", "attention", "first_pool", "linear_cross_entropy")
 
@@ -141,7 +141,7 @@ def stack(base: Any) -> Stack:
         if not is_gelu(wide.intermediate_act_fn):
             raise NotPlainError
         found.append(
-            few_tokens.Layer(
+            Layer(
                 before=norm,
                 qkv=linear(view.attention.self.qkv),
                 out=linear(layer.attention.output.dense),

@@ -17,8 +17,8 @@ from neobert_kernels import _check
 from neobert_kernels.patching import graphs, invariant
 from neobert_kernels.patching.batch import Batch, read_batch, refuse_ignored, setting
 from neobert_kernels.patching.blocks import MARK, View
-from neobert_kernels.patching.few_tokens import Stack
 from neobert_kernels.patching.frozen import PREPARED, Preparer, freeze, refuse_other_use
+from neobert_kernels.patching.stacks import Stack
 
 # The attribute of a patched module that holds its options; `unpatch` deletes it.
 OPTIONS = "_neobert_kernels_options"

@@ -24,7 +24,8 @@ import neobert_kernels as nk
 from neobert_kernels import _check, _runtime
 from neobert_kernels.patching import few_tokens
 from neobert_kernels.patching.blocks import View, has_hooks, is_gelu, is_watched, own_forward
-from neobert_kernels.patching.few_tokens import FewTokens, Stack
+from neobert_kernels.patching.few_tokens import FewTokens
+from neobert_kernels.patching.stacks import Stack
 
 # Attribute of a frozen base model (its `Frozen`) and of its layers (their `View`).
 PREPARED = "_neobert_kernels_prepared"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import neobert_kernels as nk
 from neobert_kernels import _check
-from neobert_kernels.patching import few_tokens, heads
+from neobert_kernels.patching import heads
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import (
     Context,
@@ -23,8 +23,8 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
-from neobert_kernels.patching.few_tokens import Norm, Stack, agreed, linear
 from neobert_kernels.patching.frozen import PREPARED, Preparer
+from neobert_kernels.patching.stacks import Layer, Norm, Stack, agreed, linear
 
 OPERATORS = (
     "add_layer_norm", "first_pool", "geglu", "layer_norm", "linear_cross_entropy", "mean_pool",
@@ -151,7 +151,7 @@ def stack(base: Any) -> Stack:
         plain = isinstance(layer.attn_norm, nn.Identity)
         reach = layer.attn.sliding_window
         found.append(
-            few_tokens.Layer(
+            Layer(
                 before=None if plain else Norm.layer(layer.attn_norm),
                 qkv=linear(view.attn.Wqkv),
                 out=linear(layer.attn.Wo),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import neobert_kernels as nk
-from neobert_kernels.patching import few_tokens, heads
+from neobert_kernels.patching import heads
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import (
     Context,
@@ -21,8 +21,8 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
-from neobert_kernels.patching.few_tokens import Norm, Stack, agreed, linear
 from neobert_kernels.patching.frozen import PREPARED, Preparer, pair_order
+from neobert_kernels.patching.stacks import Layer, Norm, Stack, agreed, linear
 
 OPERATORS = (
     "add_rms_norm", "first_pool", "linear_cross_entropy", "qkv_attention", "rms_norm",
@@ -106,7 +106,7 @@ def stack_with(base: Any, theta: Callable[[], float]) -> Stack:
     heads = base.config.num_attention_heads
     return Stack(
         layers=[
-            few_tokens.Layer(
+            Layer(
                 before=Norm.rms(view.attention_norm, view.attention_norm.eps),
                 qkv=linear(view.qkv),
                 out=linear(view.wo),

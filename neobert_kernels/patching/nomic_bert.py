@@ -18,7 +18,6 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, replacement
-from neobert_kernels.patching.few_tokens import Norm, Stack
 from neobert_kernels.patching.rotary import (
     attend,
     check_block,
@@ -30,6 +29,7 @@ from neobert_kernels.patching.rotary import (
     used_layers,
     view,
 )
+from neobert_kernels.patching.stacks import Norm, Stack
 
 OPERATORS = (
     "add_layer_norm", "attention", "first_pool", "linear_cross_entropy", "rope_table", "silu_mul",

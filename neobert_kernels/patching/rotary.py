@@ -23,8 +23,8 @@ from neobert_kernels.patching.blocks import (
     refuse_attention_dropout,
     rotated,
 )
-from neobert_kernels.patching.few_tokens import Layer, Norm, Stack, agreed, linear
 from neobert_kernels.patching.frozen import PREPARED, Preparer
+from neobert_kernels.patching.stacks import Layer, Norm, Stack, agreed, linear
 
 QKV = ("q_proj", "k_proj", "v_proj")
 

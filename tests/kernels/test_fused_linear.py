@@ -269,7 +269,7 @@ def test_nothing_is_written_behind_the_results(held):
     y, h, u = (b[:n].view(M, -1) for b, n in zip(behind, sizes, strict=True))
     rest = (call["weight"], call["bias"], y, *((h, u) if held else (None, None)))
     norm = (call.get("norm_weight"), call.get("norm_bias"))
-    launch.once(call["x"], call["residual"], *norm, *rest, 1e-5, None, held)
+    launch.ready(call["x"], call["residual"], *norm, *rest, 1e-5, None, held).start()
     assert all((b[n:] == 7).all() for b, n in zip(behind, sizes, strict=True))
     expected = nk.fused_linear(**call)  # behind the test: it might write over anything
     assert_equal((y, h, u) if held else (y, *expected[1:]), expected)

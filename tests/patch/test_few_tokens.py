@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neobert_kernels as nk
-from neobert_kernels import _check, _runtime
+from neobert_kernels import _check, _driver, _runtime
 from neobert_kernels.ops.attention import launch as attention
 from neobert_kernels.ops.fused_linear import launch as fused
 from neobert_kernels.patching.few_tokens import MOST_TOKENS, SWITCH
@@ -283,47 +284,103 @@ def gpu(monkeypatch):
         yield launches
 
 
-@on_a_cpu
-@pytest.mark.parametrize("family", ["neobert", "bert", "modernbert"])
-def test_later_forwards_launch_what_the_first_did(gpu, family, ran):
-    """The same kernels in the same order, and the same weights in the same places."""
-    model = encoder(family, num_hidden_layers=4)
-    nk.patch(model, inference=True)
+def of_layers(gpu, model, *lengths):
+    """Who starts the layers' kernels, and these with the last norm.
+
+    Of memory that is no weight's it counts which is the same.
+    """
+    gpu.calls.clear()
+    states(model, **packed(*lengths))
     products = [p.weight for p in model.__dict__[PREPARED].products if not p.packed]
     weights = {weight.data_ptr() for weight in (*model.parameters(), *products)}
+    buffers = {0: 0}
 
-    def of(argument):
-        if not isinstance(argument, torch.Tensor):
-            return argument
-        address = argument.data_ptr()
-        return address if address in weights else (argument.dtype, argument.shape)
+    def of(kind, number):
+        own = kind.startswith("*") and number not in weights
+        return (kind, buffers.setdefault(number, len(buffers)) if own else number)
 
-    forwards = []
-    for _ in range(3):
+    first = [c.name for c in gpu.calls].index("fused_linear_kernel")
+    calls = gpu.calls[first : first + 5 * model.config.num_hidden_layers + 1]
+    ways = {c.by_driver for c in calls[:-1]}
+    return ways, [(c.binary, c.grid, c.block, *map(of, c.kinds, c.numbers)) for c in calls]
+
+
+BATCHES = [(9, 4), (9, 4), (2, 1, 3), (20, 4), (20, 4), (9, 4), (1,)]
+
+
+@on_a_cpu
+@pytest.mark.parametrize("family", ["neobert", "bert", "modernbert", "eurobert"])
+def test_the_driver_starts_what_triton_would(gpu, family, ran, monkeypatch):
+    """The same kernels in the same order, the same weights in the same places, for any batch."""
+    model = encoder(family, num_hidden_layers=4)
+    nk.patch(model, inference=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(_driver, "library", lambda: None)
+        expected = [of_layers(gpu, model, *lengths) for lengths in BATCHES]
+    assert all(ways == {False} and len(calls) == 4 * 5 + 1 for ways, calls in expected)
+    found = [of_layers(gpu, model, *lengths) for lengths in BATCHES]
+    assert [calls for _, calls in found] == [calls for _, calls in expected]
+    # Each number of blocks of rows starts once as Triton does.
+    assert [ways for ways, _ in found] == [
+        {way} for way in (False, True, True, False, True, True, True)
+    ]
+    assert len(ran) == 2 * len(BATCHES)
+
+
+@on_a_cpu
+def test_attention_that_has_not_started_yet_starts_as_triton_does(gpu, ran):
+    """As that of a batch with another form."""
+    model = encoder()
+    nk.patch(model, inference=True)
+    before = [of_layers(gpu, model, 9, 4)[0] for _ in range(2)]
+    attention._prepared.cache_clear()
+    after = [of_layers(gpu, model, 9, 4)[0] for _ in range(2)]
+    assert before == after == [{False}, {True}]
+
+
+@on_a_cpu
+def test_each_thread_has_its_own_addresses(gpu, ran):
+    model = encoder()
+    nk.patch(model, inference=True)
+    expected = [of_layers(gpu, model, 9, 4) for _ in range(2)]
+    with ThreadPoolExecutor(1) as other:
+        found = [other.submit(of_layers, gpu, model, 9, 4).result() for _ in range(2)]
+    assert found == expected
+    assert [ways for ways, _ in found] == [{False}, {True}]
+
+
+@on_a_cpu
+def test_every_launch_goes_to_the_current_stream(gpu, ran):
+    model = encoder()
+    nk.patch(model, inference=True)
+    for stream in (0, 5, 5, 6, 0):
+        gpu.stream = stream
+        of_layers(gpu, model, 9, 4)
+        assert {c.stream for c in gpu.calls} == {stream}
+    assert all(c.by_driver for c in gpu.calls if c.name == "fused_linear_kernel")
+
+
+@on_a_cpu
+def test_a_profilers_hooks_see_every_launch(gpu, ran):
+    from triton import knobs
+
+    model = encoder()
+    nk.patch(model, inference=True)
+    for _ in range(2):
         states(model, **packed(9, 4))
-        forwards.append([(c.binary, c.grid, *map(of, c.arguments)) for c in gpu.calls])
-        gpu.calls.clear()
-    assert forwards[0] == forwards[1] == forwards[2]
-    assert len(ran) == 3
-    layers = len(forwards[0]) - len(_outside(gpu, model, family))
-    assert layers == 4 * 5
-
-
-def _outside(gpu, model, family):
-    """Launches of a forward whose layers launch nothing."""
-    few = model.__dict__[PREPARED].few_tokens
-    plan = few.plan
-
-    def idle(x, *_):
-        return x, x
-
-    idle.kind = plan.steps[0].kind
-    few.plan = plan._replace(steps=[idle])
-    states(model, **packed(9, 4))
-    few.plan = plan
-    found = list(gpu.calls)
-    gpu.calls.clear()
-    return found
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        hook.add(print)
+        try:
+            assert of_layers(gpu, model, 9, 4)[0] == {False}
+        finally:
+            hook.remove(print)
+        assert of_layers(gpu, model, 9, 4)[0] == {True}
+    fused.fused_linear_kernel.add_pre_run_hook(lambda *args, **kwargs: None)
+    try:
+        assert of_layers(gpu, model, 9, 4)[0] == {False}
+    finally:
+        fused.fused_linear_kernel.pre_run_hooks.clear()
+    assert of_layers(gpu, model, 9, 4)[0] == {True}
 
 
 @on_a_cpu
@@ -337,9 +394,9 @@ def test_a_weight_that_is_not_aligned_is_looked_up_each_time(gpu, ran):
     for _ in range(2):
         states(model, **packed(9, 4))
     assert len(ran) == 2
-    given = [c for c in gpu.calls if any(_is(a, norm.weight) for a in c.arguments)]
+    given = [c for c in gpu.calls if norm.weight.data_ptr() in c.numbers]
     assert len(given) == 2
-    others = {c.binary for c in gpu.calls if not any(_is(a, norm.weight) for a in c.arguments)}
+    others = {c.binary for c in gpu.calls if norm.weight.data_ptr() not in c.numbers}
     assert given[0].binary == given[1].binary
     assert given[0].binary not in others  # Triton compiles for its alignment
 
@@ -355,17 +412,12 @@ def test_another_dtype_has_its_own_kernels(gpu, ran):
         for _ in range(2):
             gpu.calls.clear()
             states(model, **packed(9, 4))
-        tensors = [a for c in gpu.calls for a in c.arguments if isinstance(a, torch.Tensor)]
-        assert {x.dtype for x in tensors if x.shape[-1:] == (48,)} == {dtype}
-        binaries.append(
-            {call.binary for call in gpu.calls if any(_wide(a) for a in call.arguments)}
-        )
+        products = [c for c in gpu.calls if c.name == "fused_linear_kernel"]
+        name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+        assert {k for c in products for k in c.kinds if k.startswith("*")} == {f"*{name}"}
+        binaries.append({call.binary for call in products})
     assert not binaries[0] & binaries[1]
     assert len(ran) == 4
-
-
-def _wide(argument):
-    return isinstance(argument, torch.Tensor) and argument.shape[-1:] == (48,)
 
 
 @on_a_cpu
@@ -374,14 +426,11 @@ def test_no_kernel_reads_embeddings_that_are_not_aligned(gpu, ran):
     model = encoder()
     nk.patch(model, inference=True)
     memory = torch.randn(7 * 48 + 1)
-    for shift in (0, 1):
+    for shift in (0, 0, 1):
         gpu.calls.clear()
         states(model, inputs_embeds=memory[shift : shift + 7 * 48].view(1, 7, 48))
-        addresses = [a.data_ptr() for c in gpu.calls for a in c.arguments if _wide(a)]
+        pairs = [pair for c in gpu.calls for pair in zip(c.kinds, c.numbers, strict=True)]
+        addresses = [number for kind, number in pairs if kind == "*fp32"]
         assert addresses
         assert not any(address % 16 for address in addresses)
-    assert len(ran) == 2
-
-
-def _is(argument, tensor):
-    return isinstance(argument, torch.Tensor) and argument.data_ptr() == tensor.data_ptr()
+    assert len(ran) == 3

@@ -2,14 +2,14 @@
 
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from neobert_kernels import _runtime
-from neobert_kernels._launch import MOST_PREPARED, Prepared
+from neobert_kernels._launch import MOST_PREPARED, Prepared, Ready
 from neobert_kernels._triton import triton
 from neobert_kernels.ops.attention import tiles
 from neobert_kernels.ops.attention.backward import attention_dkv_kernel, attention_dq_kernel
@@ -132,35 +132,35 @@ class Call(NamedTuple):
         heads: int,
         pointers: list[Tensor],
         strided: list[Tensor],
-    ) -> tuple[Prepared, tuple[Any, ...]]:
-        """`KERNELS` ``[which]`` and its grid and arguments.
+    ) -> Ready:
+        """`KERNELS` ``[which]`` with its grid and arguments.
 
         One program per slot of the work map (see `locate`) and head. Nothing asks the GPU.
         """
         tokens, documents = self.q.shape[0], self.cu_seqlens.shape[0] - 1
         inside, search = self.choice.turns_inside(which > 0), self.choice.search
-        arguments: tuple[Any, ...] = (
-            (tokens // tile.outer + documents, heads, 1),
+        grid = tokens // tile.outer + documents, heads, 1
+        arguments = (
             self.q, self.k, self.v, self.cos, self.sin, self.cu_seqlens, *pointers, tokens,
             documents, self.window, self.scale,
             *self.q.stride()[:2], *self.k.stride()[:2], *self.v.stride()[:2],
             *[step for x in strided for step in x.stride()[:2]],
         )  # fmt: skip
-        return _prepared(which, tile, self.form, inside, search), arguments
+        return Ready(_prepared(which, tile, self.form, inside, search), grid, arguments)
 
     def run(self, which: int, tile: tiles.Tile, *rest: Any) -> None:
         """Start what is `ready`."""
-        prepared, arguments = self.ready(which, tile, *rest)
+        ready = self.ready(which, tile, *rest)
         if tile.tma:
             # The allocator is a context variable: in a copy of the context, a user's own one stays.
-            contextvars.copy_context().run(_with_workspace, prepared, arguments)
+            contextvars.copy_context().run(_with_workspace, ready)
         else:
-            prepared(*arguments)
+            ready.start()
 
 
-def _with_workspace(prepared: Prepared, arguments: tuple[Any, ...]) -> None:
+def _with_workspace(ready: Ready) -> None:
     triton.set_allocator(_workspace)
-    prepared(*arguments)
+    ready.start()
 
 
 @functools.lru_cache(MOST_PREPARED)
@@ -183,8 +183,8 @@ def forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def repeated(out: Tensor, lse: Tensor, q: Tensor, *rest: Any) -> Callable[[], None]:
-    """What starts the forward, any number of times: q, k and v are read anew, the rest is not.
+def ready(out: Tensor, lse: Tensor, q: Tensor, *rest: Any) -> Ready:
+    """The forward, to be started any number of times: q, k and v are read anew, the rest is not.
 
     For documents so short that no tensor is turned or copied before the kernel.
     """
@@ -192,9 +192,7 @@ def repeated(out: Tensor, lse: Tensor, q: Tensor, *rest: Any) -> Callable[[], No
     tile = call.choice.forward
     assert call.q is q, "a copy would be old when the kernel starts again"
     assert not tile.tma, "short documents have no TMA"
-    prepared, (grid, *arguments) = call.ready(0, tile, q.shape[1], [out, lse], [])
-    start, rest = prepared.starter(grid, *arguments)
-    return functools.partial(start, *arguments, *rest)
+    return call.ready(0, tile, q.shape[1], [out, lse], [])
 
 
 def backward(

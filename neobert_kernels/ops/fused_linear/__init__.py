@@ -76,14 +76,14 @@ def _launch(
     )  # fmt: skip
     if not x.numel():
         return y, h, u
-    launch.once(
+    launch.ready(
         _runtime.as_rows(x), None if residual is None else _runtime.as_rows(residual),
         None if norm_weight is None else norm_weight.contiguous(),
         None if norm_bias is None else norm_bias.contiguous(),
         _runtime.neighbouring(weight), None if bias is None else bias.contiguous(),
         y.view(-1, y.shape[-1]), None if residual is None else h,
         None if norm_weight is None else u, eps, activation, centered,
-    )  # fmt: skip
+    ).start()  # fmt: skip
     return y, h, u
 
 

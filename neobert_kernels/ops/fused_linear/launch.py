@@ -1,7 +1,7 @@
-"""From rows and weights to a launch: once, or again and again on the same weights."""
+"""From rows and weights to a launch."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neobert_kernels import _runtime
-from neobert_kernels._launch import MOST_PREPARED, Prepared
+from neobert_kernels._launch import MOST_PREPARED, Prepared, Ready
 from neobert_kernels.ops.fused_linear.kernel import fused_linear_kernel
 
 GATED = ("swiglu", "geglu")
@@ -17,6 +17,7 @@ GATED = ("swiglu", "geglu")
 MOST_CHANNELS = {2: 1024, 4: 384}
 MOST_OUTPUTS = 65_535 * 8  # as many blocks of columns as a grid has
 ROWS = 16  # of a program: what a tensor core takes at once
+NUMBER_OF_ROWS = 9  # its place among the kernel's arguments
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,15 @@ def takes(K: int, itemsize: int) -> bool:
     return MOST_CHANNELS[itemsize] >= K
 
 
-def _ready(
+def ready(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     weight: Tensor, bias: Tensor | None, y: Tensor, h: Tensor | None, u: Tensor | None,
     eps: float, activation: str | None, centered: bool,
-) -> tuple[Prepared, tuple[int, int, int], tuple[Any, ...]]:  # fmt: skip
-    """A kernel with its grid and arguments."""
+) -> Ready:  # fmt: skip
+    """The kernel's launch on rows ``[M, K]`` with neighbouring channels, M over 0.
+
+    ``h`` and ``u`` may be None; ``centered``: whether the norm is `layer_norm`.
+    """
     (M, K), F = x.shape, y.shape[-1]
     held = norm_weight is not None or residual is not None
     tile = choice(x.element_size(), held)
@@ -72,7 +76,7 @@ def _ready(
             return 0
         return K if M == 1 else rows.stride(0)  # of one row it may be anything
 
-    return (
+    return Ready(
         _prepared(tile, F, K, activation, centered),
         (-(-M // ROWS), -(-F // tile.columns), 1),
         (
@@ -82,16 +86,6 @@ def _ready(
     )  # fmt: skip
 
 
-def once(*call: Any) -> None:
-    """Start the kernel: ``x, residual, norm_weight, norm_bias, weight, bias, y, h, u, eps``, ...
-
-    Rows are ``[M, K]`` with neighbouring channels, M over 0; ``h`` and ``u`` may be None. Then
-    ``activation`` and ``centered``, whether the norm is `layer_norm`.
-    """
-    prepared, grid, arguments = _ready(*call)
-    prepared(grid, *arguments)
-
-
 @functools.lru_cache(MOST_PREPARED)
 def _prepared(tile: Choice, F: int, K: int, activation: str | None, centered: bool) -> Prepared:
     constexprs = tile.constexprs(F, K, activation, centered)
@@ -99,43 +93,6 @@ def _prepared(tile: Choice, F: int, K: int, activation: str | None, centered: bo
         fused_linear_kernel, constexprs, num_warps=tile.slices, num_stages=tile.stages,
         maxnreg=tile.registers, **_runtime.FP_FUSION,
     )  # fmt: skip
-
-
-class Repeated:
-    """A launch on weights that stay: looked up once for a number of rows, then only started.
-
-    Args:
-        weight, bias, norm_weight, norm_bias: As `once` takes them, on one device.
-    """
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, *, norm_weight: Tensor | None = None,
-        norm_bias: Tensor | None = None, eps: float = 0.0, centered: bool = False,
-        activation: str | None = None,
-    ) -> None:  # fmt: skip
-        self.weights = norm_weight, norm_bias, weight, bias
-        self.options = float(eps), activation, centered
-        self.numbers = weight.stride(0), float(eps)
-        self.starts: dict[int, tuple[Callable[..., None], tuple[Any, ...]]] = {}
-
-    def __call__(
-        self, x: Tensor, residual: Tensor | None, y: Tensor, h: Tensor | None, u: Tensor | None
-    ) -> None:
-        """As `once`, on contiguous tensors in memory of their own.
-
-        Whether there is a residual, ``h`` or ``u`` is the same in every call.
-        """
-        M, K = x.shape
-        found = self.starts.get(blocks := -(-M // ROWS))
-        if found is None:
-            call = x, residual, *self.weights, y, h, u, *self.options
-            prepared, grid, arguments = _ready(*call)
-            prepared(grid, *arguments)  # compiled and started by Triton
-            self.starts[blocks] = prepared.starter(grid, *arguments)
-            return
-        start, rest = found
-        step = 0 if residual is None else K
-        start(x, residual, *self.weights, y, h, u, M, K, step, *self.numbers, *rest)
 
 
 # What the layers of the supported families ask for: (outputs, K, dtype, options). Products before
