@@ -29,11 +29,11 @@ OLDEST := triton==3.6.0 transformers==5.10.1 'numpy<2.4'
 
 # The interpreter is slow: of the models' tests those of the forward, for every family. With the oldest Triton
 # a forward and all gradients of each, and not again what is PyTorch's, which is the same there: graphs, schemas.
-INTERPRETED := $(addprefix tests/patch/test_,patch.py autocast.py invariant.py few_tokens.py \
-	few_tokens_changes.py)
+INTERPRETED := $(addprefix tests/patch/test_,patch.py autocast.py invariant.py direct.py \
+	direct_changes.py)
 OLDEST_INTERPRETED := -k 'not (compile or registration)' $(addprefix tests/patch/test_, \
 	patch.py::test_padded_batch_equals_the_unpatched_model patch.py::test_every_gradient_of_a_base_model \
-	few_tokens.py::test_equals_the_patched_model)
+	direct.py::test_equals_the_patched_model)
 PROMISES := tests/kernels/test_aot.py::test_every_kernel_keeps_its_promises
 PIP    := -m pip --disable-pip-version-check install --quiet --no-compile
 BIN    := $(VENV)/bin

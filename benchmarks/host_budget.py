@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import neobert_kernels as nk
 from neobert_kernels import _check, _driver, _runtime, patching
+from neobert_kernels.ops import _norms, swiglu
 from neobert_kernels.ops.attention import launch as attention
 from neobert_kernels.ops.attention import tiles
 from neobert_kernels.ops.fused_linear import launch as fused
-from neobert_kernels.patching import few_tokens, modernbert
+from neobert_kernels.patching import direct, modernbert
 
 GENERATION = 90  # of the GPU whose launch choices are counted
 COUNTED = 6  # layers; half as many are taken off
@@ -165,7 +166,7 @@ def build(make: Any, layers: int, dtype: torch.dtype = torch.bfloat16, **options
 
 @contextmanager
 def _counted(counts: Counts) -> Iterator[None]:
-    """What layers on few tokens start themselves, which no dispatcher sees."""
+    """What layers without modules start themselves, which no dispatcher sees."""
 
     class Started:
         """In place of a launch that is ready."""
@@ -176,17 +177,16 @@ def _counted(counts: Counts) -> Iterator[None]:
         def start(self) -> None:
             counts.launches[self.name] += 1
 
-    def product(*_: Any) -> Started:
-        return Started("neobert::fused_linear")
-
-    def attend(*_: Any) -> Started:
-        return Started("neobert::attention")  # RoPE is inside: documents are short
+    def attend(out: Any, lse: Any, *args: Any) -> list[Started]:
+        return [Started("neobert::attention")] * _launches("neobert::attention", args)
 
     with ExitStack() as stack:
         # The counter is itself a mode, under which nothing would go past the dispatcher.
-        stack.enter_context(mock.patch.object(few_tokens, "in_a_mode", return_value=False))
+        stack.enter_context(mock.patch.object(direct, "in_a_mode", return_value=False))
         stack.enter_context(mock.patch.object(_driver, "library", return_value=None))
-        stack.enter_context(mock.patch.object(fused, "ready", product))
+        for module, name in ((fused, "fused_linear"), (_norms, "norm"), (swiglu, "swiglu")):
+            launch = Started(f"neobert::{name}")
+            stack.enter_context(mock.patch.object(module, "ready", return_value=launch))
         stack.enter_context(mock.patch.object(attention, "ready", attend))
         yield
 

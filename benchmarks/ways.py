@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import neobert_kernels as nk
 from neobert_kernels.ops.attention.peers import VARIABLE
-from neobert_kernels.patching import few_tokens
+from neobert_kernels.patching import direct
 
 PINNED = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -76,7 +76,7 @@ class Ways:
             nk.patch(patched, **FORMS[name])
             return hidden_of(patched)
         if name in BY_LAYER:
-            with mock.patch.dict(os.environ, {few_tokens.SWITCH: "0"}):
+            with mock.patch.dict(os.environ, {direct.DIRECT: "0"}):
                 return self.build(BY_LAYER[name])
         if name in PACKED_PEERS:
             return asking(PACKED_PEERS[name], self.build("patched"))

@@ -14,7 +14,7 @@ import ctypes
 import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -84,20 +84,39 @@ def stream() -> int:
     return active.get_current_stream(active.get_current_device())
 
 
+class Scaled(Protocol):
+    """What says how many programs a number of rows takes."""
+
+    def programs(self, rows: int) -> int: ...
+
+
 class Queue:
-    """One thread's launches, which share their grids and the stream."""
+    """One thread's launches, which share the stream and the number of rows.
+
+    Attributes:
+        rows: A cell.
+    """
 
     def __init__(self) -> None:
-        self.configs: dict[tuple[int, ...], Config] = {}
+        self.rows = Int()
         self.stream = 0
+        self._configs: dict[tuple[Any, ...], tuple[Config, Scaled]] = {}
 
-    def bind(self, compiled: Any, grid: Sequence[int], arguments: Iterable[Any]) -> Launch | None:
+    def bind(
+        self,
+        compiled: Any,
+        grid: Sequence[int],
+        arguments: Iterable[Any],
+        scaled: Scaled | None = None,
+    ) -> Launch | None:
         """A launch of what Triton compiled and loaded; None where it takes more than arguments.
 
         Args:
             compiled: Triton's ``CompiledKernel``, which has been started before; None: none.
             arguments: In the order of the kernel's parameters: tensors, numbers, None for what is
                 missing, or cells. The compile-time values at the end may be left out.
+            scaled: What the grid's first number follows from; it is hashable. None: it stays, and
+                so does the stream.
         """
         if compiled is None or any(getattr(compiled.metadata, name, None) for name in _MORE):
             return None
@@ -112,33 +131,41 @@ class Queue:
             return None
         cells += [Pointer(0) for _ in scratch]
         addresses = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
-        threads = compiled.metadata.num_warps * compiled.metadata.target.warp_size
-        config = self._config(*grid, threads, 1, 1, compiled.metadata.shared)
+        config = self._config(compiled, grid, scaled)
         call = ctypes.addressof(config), compiled.function, ctypes.addressof(addresses)
         return Launch(call, (config, addresses, *cells))
 
-    def _config(self, *numbers: int) -> Config:
-        found = self.configs.get(numbers)
-        if found is None:
-            found = self.configs[numbers] = Config(*numbers, self.stream)
-        return found
+    def _config(self, compiled: Any, grid: Sequence[int], scaled: Scaled | None) -> Config:
+        """A scaled one is kept, for all launches that scale alike."""
+        threads = compiled.metadata.num_warps * compiled.metadata.target.warp_size
+        numbers = *grid[1:], threads, compiled.metadata.shared, scaled
+        found = None if scaled is None else self._configs.get(numbers)
+        if found is not None:
+            return found[0]
+        config = Config(*grid, threads, 1, 1, compiled.metadata.shared, self.stream)
+        if scaled is not None:
+            self._configs[numbers] = config, scaled
+        return config
 
-    def run(self, launches: Iterable[Launch], stream: int) -> None:
-        """Start them on a stream of the current GPU.
+    def turn_to(self, stream: int, rows: int) -> None:
+        """Whither everything scaled goes, and on how many rows."""
+        if (stream, rows) != (self.stream, self.rows.value):
+            self.stream, self.rows.value = stream, rows
+            for config, scaled in self._configs.values():
+                config.stream, config.x = stream, scaled.programs(rows)
 
-        Raises:
-            RuntimeError: CUDA does not take one of them.
-        """
-        if stream != self.stream:
-            self.stream = stream
-            for config in self.configs.values():
-                config.stream = stream
-        start = library()
-        assert start is not None, "nothing was bound without a driver"
-        for call, _ in launches:
-            if code := start(*call, None):
-                rule = "success of cuLaunchKernelEx"
-                raise RuntimeError(f"launch: expected {rule}, got its error {code}")
+
+def starter() -> Callable[..., int]:
+    """`library`, where something was bound: called as ``(*launch.call, None)`` it starts a launch
+    on the current GPU and returns 0, or else a number for `refused`."""
+    start = library()
+    assert start is not None, "nothing is bound without a driver"
+    return start
+
+
+def refused(code: int) -> RuntimeError:
+    rule = "success of cuLaunchKernelEx"
+    return RuntimeError(f"launch: expected {rule}, got its error {code}")
 
 
 def _cells(kinds: Iterable[str], arguments: Iterable[Any]) -> list[Any] | None:

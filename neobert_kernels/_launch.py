@@ -87,12 +87,34 @@ class Prepared:
         return (args[0].get_device(), *types, *args[self._numbers :])
 
 
+class Rows(NamedTuple):
+    """How a launch follows from its number of rows.
+
+    Attributes:
+        at: Its place among the arguments.
+        block: Rows of a program.
+        columns: Programs for one block of rows, along the grid's first axis.
+    """
+
+    at: int
+    block: int
+    columns: int = 1
+
+    def programs(self, rows: int) -> int:
+        return -(-rows // self.block) * self.columns
+
+
 class Ready(NamedTuple):
-    """A launch: a kernel with its grid and arguments."""
+    """A launch: a kernel with its grid and arguments.
+
+    Attributes:
+        rows: None: it is for this number of rows alone.
+    """
 
     prepared: Prepared
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]
+    rows: Rows | None = None
 
     def start(self) -> None:
         """On the current GPU, which is that of the tensors."""
@@ -104,13 +126,12 @@ class Ready(NamedTuple):
         """For the driver, where Triton has started it before.
 
         Args:
-            cells: In place of arguments, by the ``id`` of a tensor or the index of a number.
+            cells: In place of tensors, by their ``id``.
         """
-        arguments = [
-            cells.get(id(x) if isinstance(x, torch.Tensor) else i, x)
-            for i, x in enumerate(self.arguments)
-        ]
-        return queue.bind(self.prepared.binary(*self.arguments), self.grid, arguments)
+        arguments = [cells.get(id(x), x) for x in self.arguments]
+        if self.rows is not None:
+            arguments[self.rows.at] = queue.rows
+        return queue.bind(self.prepared.binary(*self.arguments), self.grid, arguments, self.rows)
 
 
 def _kind(parameter: Any) -> int:

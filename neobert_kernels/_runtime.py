@@ -161,13 +161,13 @@ def differentiable(function: Any, handle: Any, first: bool = False) -> Callable:
     def call(*args: Any) -> Any:
         if not _eager.unobserved(args):
             return function.apply(*args)
-        results = (handle if extended and _extension_may_run(args[0]) else launch)(*args)
+        results = (handle if extended and extension_may_run(args[0]) else launch)(*args)
         return results[0] if first else results
 
     return call
 
 
-def _extension_may_run(x: Tensor) -> bool:
+def extension_may_run(x: Tensor) -> bool:
     return x.is_cuda and not _extension().idle()
 
 

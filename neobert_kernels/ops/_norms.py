@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from neobert_kernels import _runtime
-from neobert_kernels._launch import MOST_PREPARED, Prepared
+from neobert_kernels._launch import MOST_PREPARED, Prepared, Ready, Rows
 from neobert_kernels._triton import tl, triton
 
 MAX_CHANNELS = 16384  # a program keeps whole rows in registers
@@ -319,18 +319,34 @@ def forward(
     """Launch the forward kernel: ``(y, h)``, where ``h`` is ``y`` without a residual."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = None if residual is None else torch.empty_like(y)
-    C = x.shape[-1]
     x = _runtime.as_rows(x)
     residual = None if residual is None else _runtime.as_rows(residual)
-    rows = x.shape[0]
-    if rows:
-        plan = forward_plan(C, x.element_size())
-        _prepared_forward(plan, C, centered)(
-            (-(-rows // plan.tile.rows), 1, 1),
-            x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), y, h,
-            rows, x.stride(0), 0 if residual is None else residual.stride(0), float(eps),
-        )  # fmt: skip
+    if len(x):
+        bias = None if bias is None else bias.contiguous()
+        ready(x, residual, weight.contiguous(), bias, eps, y, h, centered).start()
     return y, y if h is None else h
+
+
+def ready(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, y: Tensor,
+    h: Tensor | None, centered: bool,
+) -> Ready:  # fmt: skip
+    """The forward kernel's launch on rows ``[T, C]`` with neighbouring channels, T over 0.
+
+    There is an ``h``, for the sum, where there is a residual. It and ``y`` are contiguous.
+    """
+    T, C = x.shape
+    plan = forward_plan(C, x.element_size())
+    rows = Rows(at=6, block=plan.tile.rows)
+    return Ready(
+        _prepared_forward(plan, C, centered),
+        (rows.programs(T), 1, 1),
+        (
+            x, residual, weight, bias, y, h, T, x.stride(0),
+            0 if residual is None else residual.stride(0), float(eps),
+        ),
+        rows,
+    )  # fmt: skip
 
 
 @functools.lru_cache(MOST_PREPARED)

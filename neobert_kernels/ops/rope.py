@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from neobert_kernels import _check, _runtime
-from neobert_kernels._launch import MOST_PREPARED, Prepared
+from neobert_kernels._launch import MOST_PREPARED, Prepared, Ready
 from neobert_kernels._triton import tl, triton
 from neobert_kernels.ops._rounding import rounded
 
@@ -245,26 +245,33 @@ def choice(D: int, itemsize: int) -> Choice:
     return Choice(half, max(1, 128 * 16 // itemsize // half))
 
 
+Pairs = list[tuple[Tensor, Tensor]]
+
+
 def _run(
-    pairs: list[tuple[Tensor, Tensor]],
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool,
-    out_interleaved: bool,
-    inverse: bool,
+    pairs: Pairs, cos: Tensor, sin: Tensor, interleaved: bool, out_interleaved: bool, inverse: bool
 ) -> None:
     """Turn each ``x`` into its ``y``, both ``[T, heads, D]`` with neighbouring channels."""
+    if len(pairs[0][0]):
+        _ready(pairs, cos, sin, interleaved, out_interleaved, inverse).start()
+
+
+def _ready(
+    pairs: Pairs, cos: Tensor, sin: Tensor, interleaved: bool, out_interleaved: bool, inverse: bool
+) -> Ready:
+    """The launch of `_run` on one pair or two, T over 0."""
     (x, y), (other, other_y) = pairs[0], pairs[-1]
     T, H, D = x.shape
-    if not T:
-        return
     tile = choice(D, x.element_size())
     groups = sum(-(-a.shape[1] // tile.heads) for a, _ in pairs)
-    _prepared(tile, D, interleaved, out_interleaved, inverse, len(pairs) > 1)(
+    return Ready(
+        _prepared(tile, D, interleaved, out_interleaved, inverse, len(pairs) > 1),
         (-(-T // tile.tokens), groups, 1),
-        x, y, other, other_y, cos.contiguous(), sin.contiguous(), T, H, other.shape[1],
-        x.stride(0), x.stride(1), y.stride(0), y.stride(1), other.stride(0), other.stride(1),
-        other_y.stride(0), other_y.stride(1),
+        (
+            x, y, other, other_y, cos.contiguous(), sin.contiguous(), T, H, other.shape[1],
+            x.stride(0), x.stride(1), y.stride(0), y.stride(1), other.stride(0), other.stride(1),
+            other_y.stride(0), other_y.stride(1),
+        ),
     )  # fmt: skip
 
 
@@ -292,10 +299,19 @@ def turn(
 
 
 def _launch_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    H = q.shape[1]
     both = _fake_pair(q, k)
-    _run([(q, both[:, :H]), (k, both[:, H:])], cos, sin, interleaved, False, inverse=False)
+    if len(q):
+        ready_pair(q, k, cos, sin, interleaved, both).start()
     return both
+
+
+def ready_pair(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, both: Tensor
+) -> Ready:
+    """The launch of `turn`, T over 0: ``both`` ``[T, heads of q and k, D]`` is written."""
+    H = q.shape[1]
+    pairs = [(q, both[:, :H]), (k, both[:, H:])]
+    return _ready(pairs, cos, sin, interleaved, False, inverse=False)
 
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from neobert_kernels import _check, _runtime
-from neobert_kernels._launch import MOST_PREPARED, Prepared
+from neobert_kernels._launch import MOST_PREPARED, Prepared, Ready, Rows
 from neobert_kernels._triton import tl, triton
 
 
@@ -142,15 +142,27 @@ def choice(F: int, itemsize: int) -> Choice:
     return Choice(columns, 2 * 128 * (16 // itemsize) // columns)
 
 
+def _ready(
+    backward: bool, gelu: bool, F: int, tensors: tuple[Tensor, ...], strides: tuple[int, ...]
+) -> Ready:
+    """A kernel's launch over the rows of its first tensor; both tuples are its arguments."""
+    tile = choice(F, tensors[0].element_size())
+    T = tensors[0].shape[0]
+    rows = Rows(at=len(tensors), block=tile.rows, columns=-(-F // tile.columns))
+    prepared = _prepared(backward, tile, F, gelu)
+    return Ready(prepared, (rows.programs(T), 1, 1), (*tensors, T, *strides), rows)
+
+
 def _launch(
     backward: bool, gelu: bool, F: int, tensors: tuple[Tensor, ...], strides: tuple[int, ...]
 ) -> None:
-    """Run a kernel over the rows of its first tensor; both tuples are its arguments."""
-    tile = choice(F, tensors[0].element_size())
-    rows = tensors[0].shape[0]
-    if rows:
-        programs = -(-rows // tile.rows) * -(-F // tile.columns)
-        _prepared(backward, tile, F, gelu)((programs, 1, 1), *tensors, rows, *strides)
+    if len(tensors[0]):
+        _ready(backward, gelu, F, tensors, strides).start()
+
+
+def ready(g: Tensor, b: Tensor, y: Tensor, gelu: bool) -> Ready:
+    """The forward's launch on rows ``[T, F]`` of gates and values, T over 0."""
+    return _ready(False, gelu, y.shape[-1], (g, b, y), (g.stride(0), b.stride(0)))
 
 
 @functools.lru_cache(MOST_PREPARED)

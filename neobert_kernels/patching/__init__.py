@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from neobert_kernels import _check, _runtime
-from neobert_kernels.patching import few_tokens
+from neobert_kernels.patching import direct
 from neobert_kernels.patching.family import (
     OPTIONS,
     Family,
@@ -177,7 +177,8 @@ def patch_for_good(model: nn.Module, rows: int) -> PatchReport:
 def _patch(model: nn.Module, options: Options, rows: int = ROWS, keep: bool = True) -> PatchReport:
     inference = options.inference
     if inference:
-        few_tokens.wanted()  # a wrong value is refused before anything changes
+        for switch in (direct.DIRECT, direct.FEW_TOKENS):
+            direct.wanted(switch)  # a wrong value is refused before anything changes
     if not isinstance(model, nn.Module):
         raise _check.error("model", "a torch.nn.Module", type(model).__name__)
     if is_patched(model):

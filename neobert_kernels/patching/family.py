@@ -292,8 +292,8 @@ def _run(
     """All layers over packed tokens, then the pooler unless only ``rows`` come out."""
     states: list[Tensor] | None = [] if keep else None
     x = family.embed(base, batch, tokens, extras)
-    few = getattr(base.__dict__.get(PREPARED), "few_tokens", None)
-    found = None if few is None or keep else few.run(x, batch)
+    direct = getattr(base.__dict__.get(PREPARED), "direct", None)
+    found = None if direct is None or keep else direct.run(x, batch, whole=rows is None)
     if found is None:
         x = family.run(base, x, batch, states, rows)
     else:

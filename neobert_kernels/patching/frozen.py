@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 import neobert_kernels as nk
 from neobert_kernels import _check, _runtime
-from neobert_kernels.patching import few_tokens
+from neobert_kernels.patching import direct
 from neobert_kernels.patching.blocks import View, has_hooks, is_gelu, is_watched, own_forward
-from neobert_kernels.patching.few_tokens import FewTokens
+from neobert_kernels.patching.direct import Direct
 from neobert_kernels.patching.stacks import Stack
 
 # Attribute of a frozen base model (its `Frozen`) and of its layers (their `View`).
@@ -199,13 +199,13 @@ class Frozen:
         products: Made once from its weights.
         nbytes: Memory of the weights' second copies.
         released: Whether the second copies are the only ones.
-        few_tokens: What runs the layers on few tokens, or None.
+        direct: What runs the layers without their modules, or None.
     """
 
     def __init__(self, products: list[Product], views: list[View]) -> None:
         self.products, self.views = products, views
         self.released = False
-        self.few_tokens: FewTokens | None = None
+        self.direct: Direct | None = None
 
     @property
     def nbytes(self) -> int:
@@ -280,7 +280,7 @@ def freeze(
             for product in prepare.products[made:]:
                 product.release()
     frozen.views, frozen.released = views, not keep
-    if not invariant and few_tokens.wanted():  # these products have bits of their own
-        frozen.few_tokens = FewTokens(base, layers_of, stack_of)
+    if not invariant and direct.wanted(direct.DIRECT):  # these products have bits of their own
+        frozen.direct = Direct(base, layers_of, stack_of)
     base.__dict__[PREPARED] = frozen
     return frozen

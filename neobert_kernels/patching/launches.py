@@ -1,11 +1,13 @@
-"""The launches of a stack on few tokens: made out once, then started by CUDA's driver.
+"""The launches of a stack: made out once, then started by CUDA's driver, without a module's call.
 
-The driver reads the buffers' addresses where `_Program` keeps them, so each forward has buffers of
-its own and writes their addresses once for all layers. The first forward of a thread on some number
-of blocks of rows starts as Triton does it, which compiles and loads what is then kept.
+A layer is a list of parts over buffers that all layers share. The driver reads the buffers'
+addresses where a `_Program` keeps them, so each forward has buffers of its own and writes their
+addresses once. The first forward of a thread starts as Triton does it, which compiles and loads
+what is then kept; kernels with TMA descriptors always do.
 """
 
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from neobert_kernels import _driver
 from neobert_kernels._launch import ALIGNMENT, Ready
+from neobert_kernels.ops import _norms, swiglu
 from neobert_kernels.ops.attention import launch as attention
 from neobert_kernels.ops.fused_linear import launch as fused
 from neobert_kernels.patching.batch import Batch
@@ -24,88 +27,110 @@ class _Buffers(NamedTuple):
     """What layers read and write, one after the other; the first reads ``input`` in place of ``x``.
 
     Attributes:
-        x, delta: Of a layer; it adds and normalizes them, its product behind attention makes
-            ``delta``.
-        next_x, next_delta: What the next layer adds and normalizes.
+        x: Of a layer: what is added to. With ``delta`` it is normalized.
+        next_x: The same behind attention, and of the next layer.
+        normed: What a norm makes and a product reads.
+        delta: What attention's product makes, and the feed-forward's second.
+        value: The second half of ``expanded``, which a gated unit multiplies by.
     """
 
     input: Tensor
     x: Tensor
-    delta: Tensor
     next_x: Tensor
-    next_delta: Tensor
+    normed: Tensor
+    delta: Tensor
     qkv: Tensor
     mixed: Tensor
     expanded: Tensor
+    value: Tensor
+    activated: Tensor
 
     @classmethod
     def of(cls, x: Tensor, layer: Layer) -> "_Buffers":
-        gated = 2 if layer.activation in fused.GATED else 1
-        widths = (
-            len(layer.qkv.weight), layer.out.weight.shape[1], len(layer.expand.weight) // gated,
-        )  # fmt: skip
-        like = [torch.empty_like(x) for _ in range(4)]
-        return cls(x, *like, *[x.new_empty((len(x), width)) for width in widths])
+        """On ``x`` ``[T, C]``. Attention's and the feed-forward's share their memory."""
+        widths = len(layer.qkv.weight), layer.out.weight.shape[1]
+        inner = len(layer.expand.weight), layer.contract.weight.shape[1]
+        memory = x.new_empty(max(sum(_sizes(len(x), widths)), sum(_sizes(len(x), inner))))
+        qkv, mixed = _carved(memory, len(x), widths)
+        expanded, activated = _carved(memory, len(x), inner)
+        value = expanded[:, inner[0] // 2 :]
+        own, next_x, normed, delta = (torch.empty_like(x) for _ in range(4))
+        return cls(x, own, next_x, normed, delta, qkv, mixed, expanded, value, activated)
 
 
-Kind = tuple[int | None, float | None]  # of attention: its window and RoPE's theta
+def _sizes(T: int, widths: Sequence[int]) -> list[int]:
+    """Elements that each takes, so that the next one is aligned."""
+    return [-(-T * width // ALIGNMENT) * ALIGNMENT for width in widths]
 
 
-def _attention(stack: Stack, to: _Buffers, batch: Batch) -> dict[Kind, Ready]:
-    """Attention over the buffers, of every kind."""
-    q, k, v = stack.split(to.qkv)
-    T, H, D = q.shape
-    out, lse = to.mixed.view(T, H, D), q.new_empty((H, T), dtype=torch.float32)
-    scale = D**-0.5 if stack.scale is None else stack.scale
-    kinds = {(layer.window, layer.theta) for layer in stack.layers}
-    tables = {
-        theta: rotated(batch, D, theta) if theta is not None else None
-        for theta in {theta for _, theta in kinds}
-    }
-    found = {}
-    for window, theta in kinds:
-        table = tables[theta]
-        cos, sin = (None, None) if table is None else (table.cos, table.sin)
-        found[window, theta] = attention.ready(
-            out, lse, q, k, v, batch.cu_seqlens, min(batch.max_seqlen, T), cos, sin,
-            stack.interleaved, window, scale,
-        )  # fmt: skip
-    return found
+def _carved(memory: Tensor, T: int, widths: Sequence[int]) -> list[Tensor]:
+    """Contiguous ``[T, width]``, one behind the other."""
+    sizes = _sizes(T, widths)
+    parts = memory[: sum(sizes)].split(sizes)
+    return [part[: T * w].view(T, w) for part, w in zip(parts, widths, strict=True)]
 
 
-class _Step:
-    """One layer's launches."""
+class Attend(NamedTuple):
+    """Attention of a kind; its launches are made out by each forward."""
 
-    def __init__(self, layer: Layer, post_norm: bool) -> None:
-        self.layer, self.post_norm = layer, post_norm
-        self.kind: Kind = (layer.window, layer.theta)
+    window: int | None
+    theta: float | None
 
-    def ready(self, to: _Buffers, first: bool) -> tuple[Ready, ...]:
-        """The product before attention and the three behind it.
 
-        What the first layer has is what is added to later, and nothing is added to it before.
-        """
-        layer, x = self.layer, to.input if first else to.x
-        if first:
-            before = _product(layer.qkv, to.input, to.qkv, norm=layer.before)
+class Multiply:
+    """A product by PyTorch, from buffer to buffer."""
+
+    def __init__(self, linear: Linear, source: str, target: str) -> None:
+        self.weight, self.bias = linear
+        self.source, self.target = (_Buffers._fields.index(name) for name in (source, target))
+
+    def __call__(self, to: _Buffers) -> None:
+        x, y = to[self.source], to[self.target]
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=y)
         else:
-            sums = self._kept(to.x)
-            before = _product(layer.qkv, to.next_x, to.qkv, to.next_delta, layer.before, *sums)
-        sums = self._kept(to.next_x)
-        norm, activation = layer.between, layer.activation
-        return (
-            before,
-            _product(layer.out, to.mixed, to.delta),
-            _product(layer.expand, x, to.expanded, to.delta, norm, *sums, activation=activation),
-            _product(layer.contract, to.expanded, to.next_delta),
-        )
+            torch.addmm(self.bias, x, self.weight.t(), out=y)
 
-    def _kept(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+
+def _gelu(to: _Buffers) -> None:
+    torch.ops.aten.gelu.out(to.expanded, out=to.activated)
+
+
+# What starts by itself, or a kernel's launch.
+Part = Attend | Callable[[_Buffers], Ready | None]
+
+
+def few(stack: Stack) -> list[list[Part]]:
+    """Five launches a layer: norms and activations are part of `fused_linear`."""
+
+    def kept(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Where the sum and its norm go: one of them is what is added to later."""
-        return (None, x) if self.post_norm else (x, None)
+        return (None, x) if stack.post_norm else (x, None)
+
+    def parts(layer: Layer, first: bool) -> list[Part]:
+        def before(to: _Buffers) -> Ready:
+            if first:
+                return _fused(layer.qkv, to.input, to.qkv, norm=layer.before)
+            return _fused(layer.qkv, to.next_x, to.qkv, to.delta, layer.before, *kept(to.x))
+
+        def out(to: _Buffers) -> Ready:
+            return _fused(layer.out, to.mixed, to.delta)
+
+        def expand(to: _Buffers) -> Ready:
+            return _fused(
+                layer.expand, to.input if first else to.x, to.activated, to.delta, layer.between,
+                *kept(to.next_x), layer.activation,
+            )  # fmt: skip
+
+        def contract(to: _Buffers) -> Ready:
+            return _fused(layer.contract, to.activated, to.delta)
+
+        return [before, Attend(layer.window, layer.theta), out, expand, contract]
+
+    return [parts(layer, not number) for number, layer in enumerate(stack.layers)]
 
 
-def _product(
+def _fused(
     linear: Linear, x: Tensor, y: Tensor, residual: Tensor | None = None, norm: Norm | None = None,
     h: Tensor | None = None, u: Tensor | None = None, activation: str | None = None,
 ) -> Ready:  # fmt: skip
@@ -115,67 +140,158 @@ def _product(
     )
 
 
+def of_many(stack: Stack) -> bool:
+    """Whether `many` takes it: layers normalize what they add, and all rows are aligned."""
+    first, like = stack.layers[0], stack.after.weight
+    widths = (*first.qkv.weight.shape, *first.expand.weight.shape, first.contract.weight.shape[1])
+    aligned = all(width * like.element_size() % ALIGNMENT == 0 for width in widths)
+    return aligned and all(layer.before is not None for layer in stack.layers[1:])
+
+
+def many(stack: Stack) -> list[list[Part]]:
+    """The operators of the layers' own forwards, in their order."""
+
+    def normed(norm: Norm, x: Tensor, delta: Tensor | None, kept: Tensor, other: Tensor) -> Ready:
+        """``kept`` is what is added to later: the sum, or else the norm."""
+        y, h = (kept, other) if stack.post_norm else (other, kept)
+        first, residual = (x, None) if delta is None else (delta, x)
+        return _norms.ready(
+            first, residual, norm.weight, norm.bias, norm.eps, y, None if delta is None else h,
+            norm.kind == "layer_norm",
+        )  # fmt: skip
+
+    def parts(layer: Layer, first: bool) -> list[Part]:
+        def before(to: _Buffers) -> Ready:
+            assert layer.before is not None
+            if first:
+                return normed(layer.before, to.input, None, to.x, to.normed)
+            return normed(layer.before, to.next_x, to.delta, to.x, to.normed)
+
+        def between(to: _Buffers) -> Ready:
+            x = to.input if first else to.x
+            return normed(layer.between, x, to.delta, to.next_x, to.normed)
+
+        def activate(to: _Buffers) -> Ready:
+            gelu = layer.activation == "geglu"
+            return swiglu.ready(to.expanded, to.value, to.activated, gelu)
+
+        found: list[Part] = [] if layer.before is None else [before]
+        plain = "x" if stack.post_norm else "normed"
+        source = "input" if layer.before is None else plain
+        return [
+            *found,
+            Multiply(layer.qkv, source, "qkv"),
+            Attend(layer.window, layer.theta),
+            Multiply(layer.out, "mixed", "delta"),
+            between,
+            Multiply(layer.expand, "next_x" if stack.post_norm else "normed", "expanded"),
+            activate if layer.activation in fused.GATED else _gelu,
+            Multiply(layer.contract, "activated", "delta"),
+        ]
+
+    return [parts(layer, not number) for number, layer in enumerate(stack.layers)]
+
+
+Attention = Ready | attention.Described
+
+
+def _attention(
+    stack: Stack, kinds: set[Attend], to: _Buffers, batch: Batch
+) -> dict[Attend, list[Attention]]:
+    """Attention over the buffers, of every kind."""
+    q, k, v = stack.split(to.qkv)
+    T, H, D = q.shape
+    out, lse = to.mixed.view(T, H, D), q.new_empty((H, T), dtype=torch.float32)
+    scale = D**-0.5 if stack.scale is None else stack.scale
+    tables = {
+        theta: rotated(batch, D, theta) if theta is not None else None
+        for theta in {kind.theta for kind in kinds}
+    }
+    found = {}
+    for kind in kinds:
+        table = tables[kind.theta]
+        cos, sin = (None, None) if table is None else (table.cos, table.sin)
+        found[kind] = attention.ready(
+            out, lse, q, k, v, batch.cu_seqlens, min(batch.max_seqlen, T), cos, sin,
+            stack.interleaved, kind.window, scale,
+        )  # fmt: skip
+    return found
+
+
 class _Program:
-    """The products of all layers as the driver takes them, for one number of blocks of rows.
+    """All layers as the driver takes them, for any number of rows.
 
     One thread at a time runs it: the addresses of the buffers are written into it.
 
     Args:
-        layers: Of each step what is `ready` on ``to`` and has been started.
+        parts: Of all layers, which have been started on ``to``.
     """
 
-    def __init__(self, steps: list[_Step], layers: list[tuple[Ready, ...]], to: _Buffers) -> None:
+    def __init__(self, parts: Sequence[Part | Ready], to: _Buffers) -> None:
         self.queue = _driver.Queue()
-        self.rows, self.addresses = _driver.Int(), [_driver.Pointer() for _ in to]
-        cells: dict[int, Any] = {fused.NUMBER_OF_ROWS: self.rows}
-        cells |= {id(x): address for x, address in zip(to, self.addresses, strict=True)}
-        self.layers: list[tuple[Kind, list[_driver.Launch]]] = []
-        for step, ready in zip(steps, layers, strict=True):
-            bound = [
-                found for launch in ready if (found := launch.bound(self.queue, cells)) is not None
-            ]
-            if len(bound) == len(ready):
-                self.layers.append((step.kind, bound))
-        self.possible = len(self.layers) == len(steps)
+        self.addresses = [_driver.Pointer() for _ in to]
+        cells = {id(x): address for x, address in zip(to, self.addresses, strict=True)}
+        memory = {x.untyped_storage().data_ptr() for x in to}
+        self.parts: list[Any] = []
+        self.kernels = {part.prepared.kernel for part in parts if isinstance(part, Ready)}
+        self.possible = True
+        for part in parts:
+            if isinstance(part, Ready):
+                tensors = [x for x in part.arguments if isinstance(x, Tensor)]
+                others = [x for x in tensors if id(x) not in cells]
+                assert not any(x.untyped_storage().data_ptr() in memory for x in others)
+                launch = part.bound(self.queue, cells)
+                self.possible = self.possible and launch is not None
+                self.parts.append(launch)
+            else:
+                self.parts.append(part)
 
-    def run(self, to: _Buffers, attend: dict[Kind, Ready]) -> bool:
+    def run(self, to: _Buffers, attend: dict[Attend, list[Attention]]) -> bool:
         """Whether it was possible; otherwise nothing has been started."""
-        if not self.possible or not _driver.unseen() or fused.fused_linear_kernel.pre_run_hooks:
+        if not self.possible or not _driver.unseen():
             return False
-        between = {
-            kind: bound for kind, ready in attend.items() if (bound := ready.bound(self.queue))
-        }
-        if len(between) < len(attend):  # of a form that Triton has not started yet
+        if any(kernel.pre_run_hooks for kernel in self.kernels):
             return False
+        self.queue.turn_to(_driver.stream(), len(to.input))
+        between: dict[Attend, list[Any]] = {}
+        for kind, launches in attend.items():
+            between[kind] = [ready.bound(self.queue) or ready for ready in launches]
         for address, x in zip(self.addresses, to, strict=True):
             address.value = x.data_ptr()
-        self.rows.value = len(to.input)
-        launches = [
-            launch
-            for kind, (before, *behind) in self.layers
-            for launch in (before, between[kind], *behind)
-        ]
-        self.queue.run(launches, _driver.stream())
+        start, launched = _driver.starter(), _driver.Launch
+        for part in self.parts:
+            if type(part) is launched:
+                if code := start(*part.call, None):
+                    raise _driver.refused(code)
+            elif type(part) is Attend:
+                for each in between[part]:
+                    if type(each) is not launched:
+                        each.start()  # has descriptors, or is of a form that has not started yet
+                    elif code := start(*each.call, None):
+                        raise _driver.refused(code)
+            else:
+                part(to)
         return True
 
 
 class _Own(threading.local):
-    """A thread's programs, by the number of blocks of rows."""
+    """A thread's program."""
 
-    def __init__(self) -> None:
-        self.programs: dict[int, _Program] = {}
+    program: _Program | None = None
 
 
 class Launches:
-    """Runs a stack, any number of times, on at most a few blocks of rows.
+    """Runs a stack, any number of times.
 
     Args:
         stack: Its weights stay where they are.
+        layers: Of `few` or `many`.
     """
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, layers: list[list[Part]]) -> None:
         self.stack = stack
-        self.steps = [_Step(layer, stack.post_norm) for layer in stack.layers]
+        self.parts = [part for layer in layers for part in layer]
+        self.kinds = {part for part in self.parts if isinstance(part, Attend)}
         self.own = _Own()
 
     @property
@@ -188,14 +304,24 @@ class Launches:
         if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
             x = x.clone(memory_format=torch.contiguous_format)
         to = _Buffers.of(x, self.stack.layers[0])
-        attend = _attention(self.stack, to, batch)
-        programs = self.own.programs
-        program = programs.get(blocks := -(-len(x) // fused.ROWS))
+        attend = _attention(self.stack, self.kinds, to, batch)
+        program = self.own.program
         if program is None or not program.run(to, attend):
-            layers = [step.ready(to, first=not number) for number, step in enumerate(self.steps)]
-            for step, (before, *behind) in zip(self.steps, layers, strict=True):
-                for launch in (before, attend[step.kind], *behind):
-                    launch.start()
+            started = [self._start(part, to, attend) for part in self.parts]
             if program is None and _driver.library() is not None:
-                programs[blocks] = _Program(self.steps, layers, to)
-        return self.stack.after.add(to.next_x, to.next_delta)
+                self.own.program = _Program(started, to)
+        return self.stack.after.add(to.next_x, to.delta)
+
+    def _start(
+        self, part: Part, to: _Buffers, attend: dict[Attend, list[Attention]]
+    ) -> Part | Ready:
+        """As Triton does it; the part, or what it made."""
+        if isinstance(part, Attend):
+            for launch in attend[part]:
+                launch.start()
+            return part
+        ready = part(to)
+        if ready is None:
+            return part
+        ready.start()
+        return ready

@@ -1,7 +1,7 @@
 """What the layers of an encoder are made of: products, norms, an activation, attention's numbers.
 
 A family says it by a `Stack`, which is read from modules that do no more than their products and
-norms. How they run on few tokens is in `few_tokens`.
+norms. How they run is in `launches`.
 """
 
 from collections.abc import Callable, Iterable, Sequence

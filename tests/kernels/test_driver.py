@@ -2,6 +2,7 @@
 
 import ctypes
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,6 +29,19 @@ def bind(*call):
     return _driver.Queue().bind(*call)
 
 
+def start(launch):
+    assert not _driver.starter()(*launch.call, None)
+
+
+class Blocks(NamedTuple):
+    """Of rows."""
+
+    block: int
+
+    def programs(self, rows):
+        return -(-rows // self.block)
+
+
 def started(C):
     """A kernel on rows ``[5, C]``, compiled and started by Triton, and its arguments."""
     x, y = torch.zeros(5, C), torch.zeros(5, C)
@@ -41,9 +55,9 @@ def started(C):
 @pytest.mark.parametrize("C", [16, 1], ids=["wide", "a stride of 1, which is compiled in"])
 def test_the_driver_gets_what_triton_gave_it(gpu, C):
     compiled, arguments = started(C)
-    queue = _driver.Queue()
-    launch = queue.bind(compiled, (5, 1, 1), arguments)
-    queue.run([launch, launch], 0)
+    launch = bind(compiled, (5, 1, 1), arguments)
+    for _ in range(2):
+        start(launch)
     by_triton, *others = gpu.calls
     assert by_triton.numbers == others[0].numbers == others[1].numbers
     assert by_triton.kinds.count("i32") == (3 if C > 1 else 2)
@@ -52,18 +66,24 @@ def test_the_driver_gets_what_triton_gave_it(gpu, C):
     assert [call.by_driver for call in gpu.calls] == [False, True, True]
 
 
-def test_launches_go_to_the_stream_of_their_run(gpu):
-    """Also those that were bound before, or later."""
+def test_launches_follow_the_stream_and_the_number_of_rows(gpu):
+    """What is scaled, whenever it was bound; others stay where they were."""
     compiled, arguments = started(16)
     queue = _driver.Queue()
-    grids = [(5, 1, 1), (5, 1, 1), (6, 1, 1)]
-    launches = [queue.bind(compiled, grid, arguments) for grid in grids]
-    for stream in (0, 1 << 40, 7, 7):
+    cells = (*arguments[:6], queue.rows, *arguments[7:])
+    queue.turn_to(3, 5)
+    fixed = queue.bind(compiled, (5, 1, 1), arguments)
+    scaled = [queue.bind(compiled, (5, 1, 1), cells, Blocks(1))]
+    for stream, rows in ((3, 5), (1 << 40, 5), (1 << 40, 7), (0, 1), (0, 1)):
         gpu.calls.clear()
-        queue.run(launches, stream)
-        assert [(c.stream, c.grid) for c in gpu.calls] == [(stream, grid) for grid in grids]
-        launches.append(queue.bind(compiled, (8, stream + 1 & 7, 1), arguments))
-        grids.append((8, stream + 1 & 7, 1))
+        queue.turn_to(stream, rows)
+        for launch in (fixed, *scaled):
+            start(launch)
+        first, *others = [(c.stream, c.grid, c.numbers[3]) for c in gpu.calls]
+        assert first == (3, (5, 1, 1), 5)
+        assert others[0] == (stream, (rows, 1, 1), rows)
+        assert others[1:] == [(stream, (-(-rows // 2), 2, 1), rows)] * (len(scaled) - 1)
+        scaled.append(queue.bind(compiled, (-(-rows // 2), 2, 1), cells, Blocks(2)))
 
 
 def test_the_driver_finds_no_scratch_memory(gpu):
@@ -82,11 +102,10 @@ def test_a_cell_is_read_at_each_start(gpu):
     compiled, arguments = started(16)
     rows, x = _driver.Int(5), _driver.Pointer(1 << 40)
     cells = (x, *arguments[1:6], rows, *arguments[7:])
-    queue = _driver.Queue()
-    launch = queue.bind(compiled, (5, 1, 1), cells)
-    queue.run([launch], 0)
+    launch = bind(compiled, (5, 1, 1), cells)
+    start(launch)
     rows.value, x.value = 3, 1 << 41
-    queue.run([launch], 0)
+    start(launch)
     assert [(c.numbers[0], c.numbers[3]) for c in gpu.calls[1:]] == [(1 << 40, 5), (1 << 41, 3)]
 
 
@@ -135,14 +154,3 @@ def test_nothing_is_bound_that_takes_more_than_its_arguments(gpu, what):
 
 def test_a_kernel_that_has_not_started_is_not_bound():
     assert bind(None, (1, 1, 1), ()) is None
-
-
-def test_an_error_of_the_driver_is_raised(gpu, monkeypatch):
-    refusing = ctypes.CFUNCTYPE(ctypes.c_int, *_driver.library().argtypes)(lambda *_: 201)
-    compiled, arguments = started(16)
-    queue = _driver.Queue()
-    launch = queue.bind(compiled, (5, 1, 1), arguments)
-    monkeypatch.setattr(_driver, "library", lambda: _driver.declared(refusing))
-    rule = "^launch: expected success of cuLaunchKernelEx, got its error 201$"
-    with pytest.raises(RuntimeError, match=rule):
-        queue.run([launch], 0)

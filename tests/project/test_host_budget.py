@@ -15,11 +15,15 @@ def test_launches_of_a_layer(name):
         whole, layer = host_budget.per_layer(MODELS[name].make, [100, 50], **options)
         assert not whole.waits
         assert layer.total <= (8 if options else MOST.get(name, 11)), layer.launches
-        assert layer.launches["aten::linear"] <= (4 if options else 7)
+        assert layer.launches["aten::linear"] <= (0 if options else 7)
+        if options:
+            assert layer.launches["aten::mm"] + layer.launches["aten::addmm"] == 4
+            assert layer.allocations == 0
 
 
-def test_long_documents_turn_before_attention():
-    _, layer = host_budget.per_layer(MODELS["neobert-250m"].make, [300])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_long_documents_turn_before_attention(frozen):
+    _, layer = host_budget.per_layer(MODELS["neobert-250m"].make, [300], inference=frozen)
     assert layer.total == 9
 
 

@@ -2,7 +2,7 @@
 
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from neobert_kernels._triton import triton
 from neobert_kernels.ops.attention import tiles
 from neobert_kernels.ops.attention.backward import attention_dkv_kernel, attention_dq_kernel
 from neobert_kernels.ops.attention.forward import attention_forward_kernel
-from neobert_kernels.ops.rope import turn
+from neobert_kernels.ops.rope import ready_pair, turn
 
 KERNELS = (attention_forward_kernel, attention_dq_kernel, attention_dkv_kernel)
 
@@ -106,6 +106,7 @@ class Call(NamedTuple):
         scale: float,
         *,
         backward: bool,
+        turn: Callable[..., tuple[Tensor, Tensor]] = turn,
     ) -> "Call":
         """Turns q and k here where they are not turned as they are loaded."""
         q, k, v = _rows(q), _rows(k), _rows(v)
@@ -151,16 +152,24 @@ class Call(NamedTuple):
     def run(self, which: int, tile: tiles.Tile, *rest: Any) -> None:
         """Start what is `ready`."""
         ready = self.ready(which, tile, *rest)
-        if tile.tma:
-            # The allocator is a context variable: in a copy of the context, a user's own one stays.
-            contextvars.copy_context().run(_with_workspace, ready)
-        else:
-            ready.start()
+        (Described(ready) if tile.tma else ready).start()
 
 
-def _with_workspace(ready: Ready) -> None:
-    triton.set_allocator(_workspace)
-    ready.start()
+class Described(NamedTuple):
+    """A launch of a kernel that writes TMA descriptors before it reads by them."""
+
+    ready: Ready
+
+    def start(self) -> None:
+        # The allocator is a context variable: in a copy of the context, a user's own one stays.
+        contextvars.copy_context().run(self._start)
+
+    def _start(self) -> None:
+        triton.set_allocator(_workspace)
+        self.ready.start()
+
+    def bound(self, *_: Any) -> None:
+        """The driver alone has no place for the descriptors."""
 
 
 @functools.lru_cache(MOST_PREPARED)
@@ -183,16 +192,25 @@ def forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def ready(out: Tensor, lse: Tensor, q: Tensor, *rest: Any) -> Ready:
-    """The forward, to be started any number of times: q, k and v are read anew, the rest is not.
+def ready(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, *rest: Any) -> list[Ready | Described]:
+    """The forward's launches, to be started any number of times, T over 0.
 
-    For documents so short that no tensor is turned or copied before the kernel.
+    q, k and v, with neighbouring channels, are read anew at each start, the rest is not.
     """
-    call = Call.of(q, *rest, backward=False)
+    launches: list[Ready | Described] = []
+
+    def later(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        T, H, D = q.shape
+        both = q.new_empty((T, H + k.shape[1], D))
+        launches.append(ready_pair(q, k, cos, sin, interleaved, both))
+        return both[:, :H], both[:, H:]
+
+    call = Call.of(q, k, *rest, backward=False, turn=later)
     tile = call.choice.forward
-    assert call.q is q, "a copy would be old when the kernel starts again"
-    assert not tile.tma, "short documents have no TMA"
-    return call.ready(0, tile, q.shape[1], [out, lse], [])
+    attention = call.ready(0, tile, q.shape[1], [out, lse], [])
+    return [*launches, Described(attention) if tile.tma else attention]
 
 
 def backward(

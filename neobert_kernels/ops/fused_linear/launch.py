@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neobert_kernels import _runtime
-from neobert_kernels._launch import MOST_PREPARED, Prepared, Ready
+from neobert_kernels._launch import MOST_PREPARED, Prepared, Ready, Rows
 from neobert_kernels.ops.fused_linear.kernel import fused_linear_kernel
 
 GATED = ("swiglu", "geglu")
@@ -17,7 +17,6 @@ GATED = ("swiglu", "geglu")
 MOST_CHANNELS = {2: 1024, 4: 384}
 MOST_OUTPUTS = 65_535 * 8  # as many blocks of columns as a grid has
 ROWS = 16  # of a program: what a tensor core takes at once
-NUMBER_OF_ROWS = 9  # its place among the kernel's arguments
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ def ready(
             x, residual, norm_weight, norm_bias, weight, bias, y, h, u, M, step(x),
             step(residual), weight.stride(0), float(eps),
         ),
+        Rows(at=9, block=ROWS),
     )  # fmt: skip
 
 

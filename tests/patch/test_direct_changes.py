@@ -5,12 +5,12 @@ import functools
 
 import pytest
 import torch
-from few_tokens_cases import DEVICE, ROUNDING, encoder, real_states, runs_kernel
+from direct_cases import DEVICE, ROUNDING, encoder, real_states, runs_kernel
 from torch import nn
 from torch.nn.utils import parametrize
 
 import neobert_kernels as nk
-from neobert_kernels.patching.few_tokens import SWITCH
+from neobert_kernels.patching.direct import DIRECT
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 
@@ -143,7 +143,7 @@ def test_what_else_changes_is_seen(what, ran, monkeypatch):
     family, change = SETTINGS[what]
     model, by_layer = encoder(family), encoder(family)
     nk.patch(model, inference=True)
-    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.setenv(DIRECT, "0")
     nk.patch(by_layer, inference=True)
     before = real_states(model, family)
     for each in (model, by_layer):
@@ -257,7 +257,7 @@ def test_layers_that_differ_are_what_their_own_forwards_make_them(change, ran, m
     found = []
     family = "neobert" if change is pruned_by_views else "bert"
     for switch in ("1", "0"):
-        monkeypatch.setenv(SWITCH, switch)
+        monkeypatch.setenv(DIRECT, switch)
         model = encoder(family)
         with torch.no_grad():
             torch.manual_seed(2)

@@ -1,15 +1,16 @@
-"""Frozen models on few tokens: a layer is five launches, and no module is called.
+"""Frozen models without a module's call: all launches of the layers are made out once.
 
-A forward over a short text reads every weight once and computes next to nothing, so its time is
-that of its launches, on the host and on the device. Here the norms, with the additions before them,
-and the activations are part of `fused_linear`: the product before attention, attention, the product
-behind it, and the feed-forward's two. Everything but the weights is the same in every layer: the
-sizes, the buffers, attention's arguments. So all launches are made out once (see `launches`).
+What a module's call costs the host, and Triton's launcher, is more than most batches cost the
+device. A family says by a `Stack` what its layers are made of, and `launches` starts that over
+buffers which all layers share.
 
-A family says by a `Stack` what its layers are made of. What calls modules, hooks or wrappers, is
-noticed at each call, and then the layers run one by one as they are; so they do always where a
-model was patched with ``NEOBERT_FEW_TOKENS=0`` in the environment. How much this gains on a GPU is
-not measured.
+On few tokens a layer is five launches. A forward over a short text reads every weight once and
+computes next to nothing, so its time is that of its launches. There norms, with the additions
+before them, and activations are part of `fused_linear`: the product before attention, attention,
+the product behind it, and the feed-forward's two.
+
+What calls modules, hooks or wrappers, is noticed at each call, and then the layers run one by one
+as they are. How much all this gains on a GPU is not measured.
 """
 
 import operator
@@ -27,26 +28,28 @@ from neobert_kernels._eager import in_a_mode
 from neobert_kernels.ops.attention import peers
 from neobert_kernels.ops.attention.tiles import MAX_HEAD_SIZE
 from neobert_kernels.ops.fused_linear import launch as fused
+from neobert_kernels.patching import launches
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import MARK, has_hooks
 from neobert_kernels.patching.launches import Launches
 from neobert_kernels.patching.stacks import Linear, Norm, NotPlainError, Stack
 
-SWITCH = "NEOBERT_FEW_TOKENS"
+DIRECT = "NEOBERT_DIRECT"  # 0: layers always run one by one
+FEW_TOKENS = "NEOBERT_FEW_TOKENS"  # 0: they run as many do
 MOST_TOKENS = 64  # four blocks of rows, which read the same weights. Unmeasured.
 
 TRAINING = operator.itemgetter("training")
 
 
-def wanted() -> bool:
-    """Whether the environment leaves them here.
+def wanted(switch: str) -> bool:
+    """Whether the environment leaves it on.
 
     Raises:
         ValueError: The variable is neither 0 nor 1.
     """
-    value = os.environ.get(SWITCH, "")
+    value = os.environ.get(switch, "")
     if value not in ("", "0", "1"):
-        raise _check.error(SWITCH, "0 or 1", repr(value))
+        raise _check.error(switch, "0 or 1", repr(value))
     return value != "0"
 
 
@@ -129,11 +132,12 @@ class _Plan(NamedTuple):
     """How a model runs as it was when it was last looked at; without launches layer by layer."""
 
     seen: _Seen
-    launches: Launches | None
+    few: Launches | None = None
+    many: Launches | None = None
 
 
-class FewTokens:
-    """Runs the layers of one frozen base model on at most `MOST_TOKENS` tokens.
+class Direct:
+    """Runs the layers of one frozen base model.
 
     Args:
         base: The model.
@@ -148,25 +152,34 @@ class FewTokens:
         describe: Callable[[Any], Stack],
     ) -> None:
         self.base, self.layers, self.describe = base, layers, describe
+        self.fuses = wanted(FEW_TOKENS)
         self.plan = self._look()
 
     def _look(self) -> _Plan:
         """Read the layers as they are now."""
         modules = [module for _, layer in self.layers(self.base) for module in layer.modules()]
-        stack: Stack | None = None
+        few = many = stack = None
         weights: list[Tensor] = []
         settings: Callable[[], Any] = tuple  # nothing
         with suppress(NotPlainError):
             if modules and all(map(_plain, modules)):
                 stack = self.describe(self.base)
                 weights, settings = _weights(stack), stack.settings
-                stack = stack if _fits(stack, weights) else None
-        seen = _Seen(self.base, modules, weights, settings)
-        return _Plan(seen, None if stack is None else Launches(stack))
+        if stack is not None and _fits(stack, weights):
+            like = stack.after.weight
+            if self.fuses and fused.takes(len(like), like.element_size()):
+                few = Launches(stack, launches.few(stack))
+            if launches.of_many(stack):
+                many = Launches(stack, launches.many(stack))
+        return _Plan(_Seen(self.base, modules, weights, settings), few, many)
 
-    def run(self, x: Tensor, batch: Batch) -> Tensor | None:
-        """All layers and the norm behind them, ``[T, C]`` to ``[T, C]``; None: not here."""
-        if torch.compiler.is_compiling() or not 0 < len(x) <= MOST_TOKENS:
+    def run(self, x: Tensor, batch: Batch, whole: bool = True) -> Tensor | None:
+        """All layers and the norm behind them, ``[T, C]`` to ``[T, C]``; None: not here.
+
+        ``whole=False``: of many tokens the last layer is to compute some only, which it does here
+        not.
+        """
+        if torch.compiler.is_compiling() or not len(x):
             return None
         if type(x) is not Tensor or not _runtime.use_kernel(x) or in_a_mode():
             return None
@@ -175,16 +188,18 @@ class FewTokens:
         plan = self.plan  # of this thread, whatever others find out meanwhile
         if not plan.seen.current():
             plan = self.plan = self._look()
-        if plan.launches is None or plan.seen.watched():
+        found = plan.few if len(x) <= MOST_TOKENS else None
+        if found is None and whole and not _runtime.extension_may_run(x):
+            found = plan.many
+        if found is None or plan.seen.watched():
             return None
-        like = plan.launches.like
-        if x.dtype != like.dtype or x.device != like.device:
+        if x.dtype != found.like.dtype or x.device != found.like.device:
             return None
         index = x.get_device()
         if index < 0 or index == torch.cuda.current_device():
-            return plan.launches.run(x, batch)
+            return found.run(x, batch)
         with torch.cuda.device(index):  # Triton launches on the current one
-            return plan.launches.run(x, batch)
+            return found.run(x, batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model has one of its own."""
@@ -219,7 +234,6 @@ def _fits(stack: Stack, weights: list[Tensor]) -> bool:
         and size <= MAX_HEAD_SIZE
         and q.shape[1] % k.shape[1] == 0
         and k.shape == v.shape
-        and fused.takes(C, like.element_size())
         and all(
             getattr(each, name).weight.shape == shape
             and (getattr(each, name).bias is None or len(getattr(each, name).bias) == shape[0])

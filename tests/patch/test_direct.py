@@ -1,14 +1,15 @@
-"""Frozen models on few tokens: the numbers of the patched model, in five launches a layer."""
+"""Frozen models without a module's call, on few tokens and many: the patched model's numbers."""
 
 import copy
+import ctypes
+import dataclasses
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
-from encoders import ENCODERS, padded, randomized, widened, with_labels
-from fake_gpu import fake_gpu
-from few_tokens_cases import (
+from direct_cases import (
     CUDA,
     DEVICE,
     DTYPES,
@@ -22,6 +23,8 @@ from few_tokens_cases import (
     runs_kernel,
     states,
 )
+from encoders import ENCODERS, padded, randomized, widened, with_labels
+from fake_gpu import fake_gpu
 from parity import LAYERS, assert_same
 from stand_in import StandIn
 from torch import nn
@@ -30,10 +33,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import neobert_kernels as nk
 from neobert_kernels import _check, _driver, _runtime
 from neobert_kernels.ops.attention import launch as attention
+from neobert_kernels.ops.attention import tiles
 from neobert_kernels.ops.fused_linear import launch as fused
-from neobert_kernels.patching.few_tokens import MOST_TOKENS, SWITCH
+from neobert_kernels.patching.direct import DIRECT, FEW_TOKENS, MOST_TOKENS
 from neobert_kernels.patching.frozen import PREPARED
 from neobert_kernels.patching.graphs import Graphs
+from neobert_kernels.patching.launches import Launches
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 
@@ -95,20 +100,79 @@ def test_an_empty_document_and_no_tokens(ran):
     assert len(ran) == 3
 
 
+def layer_by_layer(model, monkeypatch, compute):
+    monkeypatch.setenv(DIRECT, "0")
+    nk.patch(model, inference=True)
+    found = compute(model)
+    nk.unpatch(model)
+    monkeypatch.delenv(DIRECT)
+    return found
+
+
+def assert_alike(found, expected):
+    """Of the same kernels; PyTorch's products may have other bits in another place."""
+    if CUDA:
+        torch.testing.assert_close(found, expected)
+    else:
+        assert torch.equal(found, expected)
+
+
 @runs_kernel
-def test_more_tokens_run_layer_by_layer(ran):
+@every_family
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_tokens_have_the_bits_of_the_layers(family, dtype, ran, monkeypatch):
+    if _runtime.INTERPRET and dtype != torch.float32 and family not in ("neobert", "bert"):
+        pytest.skip("either order of additions is enough in the interpreter")
+    monkeypatch.setenv(FEW_TOKENS, "0")
+    model = encoder(family, dtype, num_hidden_layers=LAYERS)
+    expected = layer_by_layer(model, monkeypatch, lambda model: real_states(model, family))
+    assert not ran.many
+    nk.patch(model, inference=True)
+    for _ in range(2):
+        assert_alike(real_states(model, family), expected)
+    assert ran.many == [32, 32]
+    assert not ran
+
+
+@runs_kernel
+@pytest.mark.parametrize("family", ["neobert", "eurobert"])
+def test_many_tokens_that_turn_before_attention(family, ran, monkeypatch):
+    """As long documents do."""
+    choose = tiles.choose
+
+    def before(*args, **options):
+        return dataclasses.replace(choose(*args, **options), turn_inside=False)
+
+    monkeypatch.setattr(tiles, "choose", before)
+    monkeypatch.setenv(FEW_TOKENS, "0")
+    model = encoder(family)
+    expected = layer_by_layer(model, monkeypatch, lambda model: real_states(model, family))
+    nk.patch(model, inference=True)
+    assert_alike(real_states(model, family), expected)
+    assert len(ran.many) == 1
+
+
+@runs_kernel
+def test_one_token_more_than_few(ran, monkeypatch):
+    """The first document is the same."""
     model = encoder(max_length=100)
     nk.patch(model, inference=True)
-    few, many = packed(MOST_TOKENS), packed(MOST_TOKENS + 1)
+    few, many = packed(MOST_TOKENS), packed(MOST_TOKENS, 1)
     few["input_ids"] = many["input_ids"][:, :MOST_TOKENS]
-    alone = states(model, **few)
-    assert ran == [MOST_TOKENS]
-    with nk.patched(encoder(max_length=100)):
-        many["cu_seq_lens_q"] = torch.tensor([0, 64, 65], dtype=torch.int32, device=DEVICE)
-        many["max_length_q"] = 64
-        both = states(model, **many)
-    assert ran == [MOST_TOKENS]
+    alone, both = states(model, **few), states(model, **many)
+    assert (ran, ran.many) == ([MOST_TOKENS], [MOST_TOKENS + 1])
     torch.testing.assert_close(alone, both[:, :MOST_TOKENS], **ROUNDING)
+
+
+@runs_kernel
+def test_the_extension_runs_layer_by_layer(ran, monkeypatch):
+    """Whoever chose it for an operator gets it there."""
+    monkeypatch.setattr(_runtime, "extension_may_run", lambda x: True)
+    monkeypatch.setenv(FEW_TOKENS, "0")
+    model = encoder()
+    nk.patch(model, inference=True)
+    states(model, **packed(9, 4))
+    assert not ran.many
 
 
 @runs_kernel
@@ -151,11 +215,6 @@ def test_embeddings_of_any_layout(ran):
     assert len(ran) == 3
 
 
-def wide(model, monkeypatch):
-    monkeypatch.setattr(fused, "MOST_CHANNELS", {2: 40, 4: 40})
-    return {}
-
-
 def of_a_peer(model, monkeypatch):
     monkeypatch.setenv("NEOBERT_ATTENTION", "sdpa_math")
     return {}
@@ -168,7 +227,6 @@ def transposed(model, monkeypatch):
 
 
 OTHERS = {
-    "rows too wide for the kernel": wide,
     "a peer's attention": of_a_peer,
     "a weight by columns": transposed,
     "batch-invariant": lambda model, monkeypatch: {"batch_invariant": True},
@@ -185,6 +243,48 @@ def test_what_it_cannot_do_runs_layer_by_layer(why, ran, monkeypatch):
     nk.patch(model, inference=True, **OTHERS[why](model, monkeypatch))
     torch.testing.assert_close(real_states(model, "neobert"), expected, **ROUNDING)
     assert len(ran) == 1
+
+
+@runs_kernel
+def test_rows_too_wide_for_fused_products_run_as_many_do(ran, monkeypatch):
+    monkeypatch.setattr(fused, "MOST_CHANNELS", {2: 40, 4: 40})
+    model = encoder()
+    expected = layer_by_layer(model, monkeypatch, lambda model: states(model, **packed(9, 4)))
+    nk.patch(model, inference=True)
+    assert_alike(states(model, **packed(9, 4)), expected)
+    assert (ran, ran.many) == ([], [13])
+
+
+@runs_kernel
+@pytest.mark.parametrize("width", [20, 36])
+def test_many_tokens_of_a_width_that_is_not_aligned_run_layer_by_layer(width, ran, monkeypatch):
+    """In float32 four channels are 16 bytes; in bfloat16 eight."""
+    monkeypatch.setenv(FEW_TOKENS, "0")
+    model = encoder("eurobert", torch.bfloat16, intermediate_size=width)
+    nk.patch(model, inference=True)
+    real_states(model, "eurobert")
+    assert not ran.many
+    nk.unpatch(model)
+    model = encoder("eurobert", intermediate_size=width)
+    nk.patch(model, inference=True)
+    real_states(model, "eurobert")
+    assert len(ran.many) == 1
+
+
+@runs_kernel
+@pytest.mark.parametrize("some", [False, True])
+def test_heads_that_read_some_rows_of_many_run_layer_by_layer(some, ran, monkeypatch):
+    """Whose last layer computes only these."""
+    monkeypatch.setenv(FEW_TOKENS, "0")
+    model = randomized(ENCODERS["bert"].head("mlm")).to(DEVICE).eval()
+    inputs = {k: v.to(DEVICE) for k, v in with_labels("mlm", *padded("bert")).items()}
+    rows = {"labelled_rows_only": True, "mlm_logits": False} if some else {}
+    with nk.patched(model, **rows), torch.no_grad():
+        expected = model(**inputs).loss
+    nk.patch(model, inference=True, **rows)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).loss, expected, **ROUNDING)
+    assert len(ran.many) == (0 if some else 1)
 
 
 @runs_kernel
@@ -230,28 +330,29 @@ def test_copies_have_their_own(family, ran):
         for p in model.parameters():
             p.zero_()
     assert torch.equal(real_states(twin, family), expected)
-    assert twin.__dict__[PREPARED].few_tokens is not model.__dict__[PREPARED].few_tokens
+    assert twin.__dict__[PREPARED].direct is not model.__dict__[PREPARED].direct
     assert len(ran) == 2
 
 
 @runs_kernel
 def test_the_environment_of_patch_switches_it_off(ran, monkeypatch):
     model = encoder()
-    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.setenv(DIRECT, "0")
     nk.patch(model, inference=True)
     expected = real_states(model, "neobert")
     nk.unpatch(model)
     assert not ran
-    monkeypatch.setenv(SWITCH, "1")
+    monkeypatch.setenv(DIRECT, "1")
     nk.patch(model, inference=True)
     torch.testing.assert_close(real_states(model, "neobert"), expected, **ROUNDING)
     assert len(ran) == 1
 
 
-def test_another_value_of_the_switch_is_refused_before_anything_changes(monkeypatch):
+@pytest.mark.parametrize("switch", [DIRECT, FEW_TOKENS])
+def test_another_value_of_a_switch_is_refused_before_anything_changes(switch, monkeypatch):
     model = encoder()
-    monkeypatch.setenv(SWITCH, "off")
-    with pytest.raises(ValueError, match=r"^NEOBERT_FEW_TOKENS: expected 0 or 1, got 'off'$"):
+    monkeypatch.setenv(switch, "off")
+    with pytest.raises(ValueError, match=rf"^{switch}: expected 0 or 1, got 'off'$"):
         nk.patch(model, inference=True)
     assert not nk.patching.is_patched(model)
 
@@ -289,8 +390,16 @@ def of_layers(gpu, model, *lengths):
 
     Of memory that is no weight's it counts which is the same.
     """
-    gpu.calls.clear()
-    states(model, **packed(*lengths))
+    run, found = Launches.run, []
+
+    def listening(self, x, batch):
+        before = len(gpu.calls)
+        y = run(self, x, batch)
+        found.extend(gpu.calls[before:])
+        return y
+
+    with mock.patch.object(Launches, "run", listening):
+        states(model, **packed(*lengths))
     products = [p.weight for p in model.__dict__[PREPARED].products if not p.packed]
     weights = {weight.data_ptr() for weight in (*model.parameters(), *products)}
     buffers = {0: 0}
@@ -299,32 +408,38 @@ def of_layers(gpu, model, *lengths):
         own = kind.startswith("*") and number not in weights
         return (kind, buffers.setdefault(number, len(buffers)) if own else number)
 
-    first = [c.name for c in gpu.calls].index("fused_linear_kernel")
-    calls = gpu.calls[first : first + 5 * model.config.num_hidden_layers + 1]
-    ways = {c.by_driver for c in calls[:-1]}
-    return ways, [(c.binary, c.grid, c.block, *map(of, c.kinds, c.numbers)) for c in calls]
+    layers = [c for c in found[:-1] if c.name != "_rope_table_kernel"]
+    ways = {c.by_driver for c in layers}
+    return ways, [
+        (c.binary, c.grid, c.block, *map(of, c.kinds, c.numbers)) for c in [*layers, found[-1]]
+    ]
 
 
-BATCHES = [(9, 4), (9, 4), (2, 1, 3), (20, 4), (20, 4), (9, 4), (1,)]
+BATCHES = [(9, 4), (9, 4), (2, 1, 3), (20, 4), (9, 4), (1,)]
+LONG = [(9, 4), (9, 4), (300, 4), (300, 4), (129, 1, 70), (9, 4), (1,)]
 
 
 @on_a_cpu
-@pytest.mark.parametrize("family", ["neobert", "bert", "modernbert", "eurobert"])
-def test_the_driver_starts_what_triton_would(gpu, family, ran, monkeypatch):
+@pytest.mark.parametrize("tokens", ["few", "many"])
+@pytest.mark.parametrize("family", ["neobert", "bert", "modernbert", "eurobert", "nomic_bert"])
+def test_the_driver_starts_what_triton_would(gpu, family, tokens, ran, monkeypatch):
     """The same kernels in the same order, the same weights in the same places, for any batch."""
-    model = encoder(family, num_hidden_layers=4)
+    longest = "max_length" if family == "neobert" else "max_position_embeddings"
+    model = encoder(family, num_hidden_layers=4, **{longest: 512})
+    monkeypatch.setenv(FEW_TOKENS, "1" if tokens == "few" else "0")
     nk.patch(model, inference=True)
+    batches = BATCHES if tokens == "few" else LONG
     with monkeypatch.context() as patch:
         patch.setattr(_driver, "library", lambda: None)
-        expected = [of_layers(gpu, model, *lengths) for lengths in BATCHES]
-    assert all(ways == {False} and len(calls) == 4 * 5 + 1 for ways, calls in expected)
-    found = [of_layers(gpu, model, *lengths) for lengths in BATCHES]
+        expected = [of_layers(gpu, model, *lengths) for lengths in batches]
+    assert all(ways == {False} for ways, _ in expected)
+    if tokens == "few":
+        assert all(len(calls) == 4 * 5 + 1 for _, calls in expected)
+    found = [of_layers(gpu, model, *lengths) for lengths in batches]
     assert [calls for _, calls in found] == [calls for _, calls in expected]
-    # Each number of blocks of rows starts once as Triton does.
-    assert [ways for ways, _ in found] == [
-        {way} for way in (False, True, True, False, True, True, True)
-    ]
-    assert len(ran) == 2 * len(BATCHES)
+    # The first forward starts as Triton does.
+    assert [ways for ways, _ in found] == [{False}] + [{True}] * (len(batches) - 1)
+    assert len(ran if tokens == "few" else ran.many) == 2 * len(batches)
 
 
 @on_a_cpu
@@ -335,7 +450,8 @@ def test_attention_that_has_not_started_yet_starts_as_triton_does(gpu, ran):
     before = [of_layers(gpu, model, 9, 4)[0] for _ in range(2)]
     attention._prepared.cache_clear()
     after = [of_layers(gpu, model, 9, 4)[0] for _ in range(2)]
-    assert before == after == [{False}, {True}]
+    assert before == [{False}, {True}]
+    assert after == [{False, True}, {True}]
 
 
 @on_a_cpu
@@ -355,9 +471,33 @@ def test_every_launch_goes_to_the_current_stream(gpu, ran):
     nk.patch(model, inference=True)
     for stream in (0, 5, 5, 6, 0):
         gpu.stream = stream
+        gpu.calls.clear()
         of_layers(gpu, model, 9, 4)
         assert {c.stream for c in gpu.calls} == {stream}
     assert all(c.by_driver for c in gpu.calls if c.name == "fused_linear_kernel")
+
+
+@on_a_cpu
+@pytest.mark.parametrize("number", [0, 1, 9])
+def test_what_the_driver_refuses_is_an_error(gpu, number, ran, monkeypatch):
+    """Also attention's launch, the second of a layer, and one of the next layer."""
+    model = encoder()
+    nk.patch(model, inference=True)
+    expected = of_layers(gpu, model, 9, 4)
+    left = [number]
+
+    def refusing(*_):
+        left[0] -= 1
+        return 201 if left[0] == -1 else 0
+
+    refuses = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(refusing)
+    with monkeypatch.context() as patch:
+        patch.setattr(_driver, "library", lambda: _driver.declared(refuses))
+        rule = "^launch: expected success of cuLaunchKernelEx, got its error 201$"
+        with pytest.raises(RuntimeError, match=rule):
+            of_layers(gpu, model, 9, 4)
+    assert left == [-1]
+    assert of_layers(gpu, model, 9, 4)[1] == expected[1]
 
 
 @on_a_cpu
