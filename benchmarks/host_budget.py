@@ -177,7 +177,7 @@ def _counted(counts: Counts) -> Iterator[None]:
         def start(self) -> None:
             counts.launches[self.name] += 1
 
-    def attend(out: Any, lse: Any, *args: Any) -> list[Started]:
+    def attend(out: Any, lse: Any, turned: Any, *args: Any) -> list[Started]:
         return [Started("neobert::attention")] * _launches("neobert::attention", args)
 
     with ExitStack() as stack:

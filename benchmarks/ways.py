@@ -38,8 +38,13 @@ FORMS: dict[str, dict[str, bool]] = {
     "graphs": {"inference": True, "cuda_graphs": True},
     "invariant_graphs": {"inference": True, "batch_invariant": True, "cuda_graphs": True},
 }
-# The same, of which few tokens run layer by layer as many do.
-BY_LAYER = {"frozen_by_layer": "frozen", "graphs_by_layer": "graphs"}
+# The same with a call of every module, and without the fused products of few tokens.
+SWITCHED_OFF = {
+    "frozen_by_layer": ("frozen", direct.DIRECT),
+    "frozen_as_many": ("frozen", direct.FEW_TOKENS),
+    "graphs_by_layer": ("graphs", direct.DIRECT),
+    "graphs_as_many": ("graphs", direct.FEW_TOKENS),
+}
 Result = TypeVar("Result")
 Way = Callable[[Tensor, Tensor], Tensor]  # token ids and mask to hidden states, [B, S, C]
 FEW = (40, 7, 23)  # tokens of the documents that a way is checked on
@@ -75,9 +80,10 @@ class Ways:
             patched = self.twin()
             nk.patch(patched, **FORMS[name])
             return hidden_of(patched)
-        if name in BY_LAYER:
-            with mock.patch.dict(os.environ, {direct.DIRECT: "0"}):
-                return self.build(BY_LAYER[name])
+        if name in SWITCHED_OFF:
+            form, switch = SWITCHED_OFF[name]
+            with mock.patch.dict(os.environ, {switch: "0"}):
+                return self.build(form)
         if name in PACKED_PEERS:
             return asking(PACKED_PEERS[name], self.build("patched"))
         if name == "sdpa":

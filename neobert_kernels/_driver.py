@@ -47,11 +47,11 @@ class Launch(NamedTuple):
 
     Attributes:
         call: Addresses of a `Config`, of the function, and of where ``arguments`` are.
-        arguments: The objects at the addresses, which must not go before them.
+        kept: The kernel and the objects at the addresses, which must not go before them.
     """
 
     call: tuple[int, int, int]
-    arguments: tuple[Any, ...]
+    kept: tuple[Any, ...]
 
 
 @functools.cache
@@ -133,7 +133,7 @@ class Queue:
         addresses = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
         config = self._config(compiled, grid, scaled)
         call = ctypes.addressof(config), compiled.function, ctypes.addressof(addresses)
-        return Launch(call, (config, addresses, *cells))
+        return Launch(call, (compiled, config, addresses, *cells))
 
     def _config(self, compiled: Any, grid: Sequence[int], scaled: Scaled | None) -> Config:
         """A scaled one is kept, for all launches that scale alike."""
@@ -150,9 +150,11 @@ class Queue:
     def turn_to(self, stream: int, rows: int) -> None:
         """Whither everything scaled goes, and on how many rows."""
         if (stream, rows) != (self.stream, self.rows.value):
-            self.stream, self.rows.value = stream, rows
+            self.stream = -1  # no stream: whatever interrupts this, the next call does it again
+            self.rows.value = rows
             for config, scaled in self._configs.values():
                 config.stream, config.x = stream, scaled.programs(rows)
+            self.stream = stream
 
 
 def starter() -> Callable[..., int]:
@@ -165,7 +167,8 @@ def starter() -> Callable[..., int]:
 
 def refused(code: int) -> RuntimeError:
     rule = "success of cuLaunchKernelEx"
-    return RuntimeError(f"launch: expected {rule}, got its error {code}")
+    got = f"its error {code}, which may be of earlier work on this GPU"
+    return RuntimeError(f"launch: expected {rule}, got {got}")
 
 
 def _cells(kinds: Iterable[str], arguments: Iterable[Any]) -> list[Any] | None:

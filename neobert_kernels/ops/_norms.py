@@ -337,13 +337,18 @@ def ready(
     """
     T, C = x.shape
     plan = forward_plan(C, x.element_size())
+
+    def step(rows: Tensor | None) -> int:
+        if rows is None:
+            return 0
+        return C if T == 1 else rows.stride(0)  # of one row it may be anything
+
     rows = Rows(at=6, block=plan.tile.rows)
     return Ready(
         _prepared_forward(plan, C, centered),
         (rows.programs(T), 1, 1),
         (
-            x, residual, weight, bias, y, h, T, x.stride(0),
-            0 if residual is None else residual.stride(0), float(eps),
+            x, residual, weight, bias, y, h, T, step(x), step(residual), float(eps),
         ),
         rows,
     )  # fmt: skip

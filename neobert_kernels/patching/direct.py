@@ -22,16 +22,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from neobert_kernels import _check, _runtime
 from neobert_kernels._eager import in_a_mode
 from neobert_kernels.ops.attention import peers
 from neobert_kernels.ops.attention.tiles import MAX_HEAD_SIZE
 from neobert_kernels.ops.fused_linear import launch as fused
-from neobert_kernels.patching import launches
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import MARK, has_hooks
-from neobert_kernels.patching.launches import Launches
+from neobert_kernels.patching.launches import Launches, of_many
 from neobert_kernels.patching.stacks import Linear, Norm, NotPlainError, Stack
 
 DIRECT = "NEOBERT_DIRECT"  # 0: layers always run one by one
@@ -57,7 +57,10 @@ def wanted(switch: str) -> bool:
 NUMBERS = ("eps", "variance_epsilon", "scaling", "sliding_window", "attention_type", "act")
 # Of classes that compute what a layer's own forward is known for; families check the others.
 _LIBRARIES = ("neobert.", "transformers.", "transformers_modules.", "xformers.")
-_TORCH = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ModuleList)
+_TORCH: dict[type, Any] = {
+    cls: cls.forward
+    for cls in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ModuleList)
+}
 
 
 def _plain(module: Any) -> bool:
@@ -67,7 +70,9 @@ def _plain(module: Any) -> bool:
     # A wrapper around ours has its mark, too.
     if own not in (None, type(module).forward) and getattr(own, MARK, None) is not own:
         return False
-    return type(module) in _TORCH or type(module).__module__.startswith(_LIBRARIES)
+    if type(module) in _TORCH:
+        return type(module).forward is _TORCH[type(module)]
+    return type(module).__module__.startswith(_LIBRARIES)
 
 
 class _Seen:
@@ -97,6 +102,7 @@ class _Seen:
             if name in module.__dict__
         ]
         self.weights, self.settings, self.modules = weights, settings, modules
+        self.classes: list[Any] = list(set(map(type, modules)))
         self.attributes = [module.__dict__ for module in modules]
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.was = self._now()
@@ -105,6 +111,7 @@ class _Seen:
         return (
             list(map(dict, self.children)),
             list(map(type, self.modules)),
+            [cls.forward for cls in self.classes],
             [own.get("forward") for own in self.attributes],
             list(map(id, chain.from_iterable(map(dict.values, self.parameters)))),
             list(map(Tensor.data_ptr, self.weights)),
@@ -168,9 +175,9 @@ class Direct:
         if stack is not None and _fits(stack, weights):
             like = stack.after.weight
             if self.fuses and fused.takes(len(like), like.element_size()):
-                few = Launches(stack, launches.few(stack))
-            if launches.of_many(stack):
-                many = Launches(stack, launches.many(stack))
+                few = Launches(stack, few=True)
+            if of_many(stack):
+                many = Launches(stack, few=False)
         return _Plan(_Seen(self.base, modules, weights, settings), few, many)
 
     def run(self, x: Tensor, batch: Batch, whole: bool = True) -> Tensor | None:
@@ -183,8 +190,10 @@ class Direct:
             return None
         if type(x) is not Tensor or not _runtime.use_kernel(x) or in_a_mode():
             return None
-        if peers.asked() is not None:
+        if peers.asked() is not None or _differentiates(x):
             return None
+        if {batch.cu_seqlens.device, batch.positions.device} != {x.device}:
+            return None  # the layers say what is wrong
         plan = self.plan  # of this thread, whatever others find out meanwhile
         if not plan.seen.current():
             plan = self.plan = self._look()
@@ -206,6 +215,11 @@ class Direct:
 
     def __reduce__(self) -> tuple:
         return type(None), ()
+
+
+def _differentiates(x: Tensor) -> bool:
+    """Whether somebody wants derivatives with respect to the embeddings."""
+    return (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0
 
 
 def _weights(stack: Stack) -> list[Tensor]:

@@ -2,12 +2,13 @@
 
 A layer is a list of parts over buffers that all layers share. The driver reads the buffers'
 addresses where a `_Program` keeps them, so each forward has buffers of its own and writes their
-addresses once. The first forward of a thread starts as Triton does it, which compiles and loads
-what is then kept; kernels with TMA descriptors always do.
+addresses once. A thread's first forward starts as Triton does it, which compiles and loads what is
+then kept, and makes the GPU's context the thread's; kernels with TMA descriptors always do.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -46,16 +47,25 @@ class _Buffers(NamedTuple):
     activated: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, layer: Layer) -> "_Buffers":
-        """On ``x`` ``[T, C]``. Attention's and the feed-forward's share their memory."""
+    def of(cls, x: Tensor, layer: Layer, few: bool) -> "_Buffers":
+        """On ``x`` ``[T, C]``. Attention's and the feed-forward's share their memory.
+
+        Of `_few` no launch makes ``normed`` or ``expanded``.
+        """
         widths = len(layer.qkv.weight), layer.out.weight.shape[1]
-        inner = len(layer.expand.weight), layer.contract.weight.shape[1]
+        half = layer.contract.weight.shape[1]
+        gates = 2 * half if layer.activation in fused.GATED and not few else 0
+        inner = gates, half
         memory = x.new_empty(max(sum(_sizes(len(x), widths)), sum(_sizes(len(x), inner))))
         qkv, mixed = _carved(memory, len(x), widths)
         expanded, activated = _carved(memory, len(x), inner)
-        value = expanded[:, inner[0] // 2 :]
-        own, next_x, normed, delta = (torch.empty_like(x) for _ in range(4))
-        return cls(x, own, next_x, normed, delta, qkv, mixed, expanded, value, activated)
+        own, next_x, delta = (x.new_empty(x.shape) for _ in range(3))
+        normed = own if few else x.new_empty(x.shape)
+        if not gates:  # an activation in place
+            expanded = activated
+        return cls(
+            x, own, next_x, normed, delta, qkv, mixed, expanded, expanded[:, half:], activated
+        )
 
 
 def _sizes(T: int, widths: Sequence[int]) -> list[int]:
@@ -100,7 +110,7 @@ def _gelu(to: _Buffers) -> None:
 Part = Attend | Callable[[_Buffers], Ready | None]
 
 
-def few(stack: Stack) -> list[list[Part]]:
+def _few(stack: Stack) -> list[list[Part]]:
     """Five launches a layer: norms and activations are part of `fused_linear`."""
 
     def kept(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -141,14 +151,14 @@ def _fused(
 
 
 def of_many(stack: Stack) -> bool:
-    """Whether `many` takes it: layers normalize what they add, and all rows are aligned."""
+    """Whether `_many` takes it: layers normalize what they add, and all rows are aligned."""
     first, like = stack.layers[0], stack.after.weight
     widths = (*first.qkv.weight.shape, *first.expand.weight.shape, first.contract.weight.shape[1])
     aligned = all(width * like.element_size() % ALIGNMENT == 0 for width in widths)
     return aligned and all(layer.before is not None for layer in stack.layers[1:])
 
 
-def many(stack: Stack) -> list[list[Part]]:
+def _many(stack: Stack) -> list[list[Part]]:
     """The operators of the layers' own forwards, in their order."""
 
     def normed(norm: Norm, x: Tensor, delta: Tensor | None, kept: Tensor, other: Tensor) -> Ready:
@@ -207,12 +217,19 @@ def _attention(
         theta: rotated(batch, D, theta) if theta is not None else None
         for theta in {kind.theta for kind in kinds}
     }
+    turned: list[Tensor] = []
+
+    def once() -> Tensor:
+        if not turned:
+            turned.append(q.new_empty((T, H + k.shape[1], D)))
+        return turned[0]
+
     found = {}
     for kind in kinds:
         table = tables[kind.theta]
         cos, sin = (None, None) if table is None else (table.cos, table.sin)
         found[kind] = attention.ready(
-            out, lse, q, k, v, batch.cu_seqlens, min(batch.max_seqlen, T), cos, sin,
+            out, lse, once, q, k, v, batch.cu_seqlens, min(batch.max_seqlen, T), cos, sin,
             stack.interleaved, kind.window, scale,
         )  # fmt: skip
     return found
@@ -231,7 +248,7 @@ class _Program:
         self.queue = _driver.Queue()
         self.addresses = [_driver.Pointer() for _ in to]
         cells = {id(x): address for x, address in zip(to, self.addresses, strict=True)}
-        memory = {x.untyped_storage().data_ptr() for x in to}
+        memory = {x.untyped_storage().data_ptr() for x in to[1:]}  # the input is a caller's
         self.parts: list[Any] = []
         self.kernels = {part.prepared.kernel for part in parts if isinstance(part, Ready)}
         self.possible = True
@@ -248,9 +265,7 @@ class _Program:
 
     def run(self, to: _Buffers, attend: dict[Attend, list[Attention]]) -> bool:
         """Whether it was possible; otherwise nothing has been started."""
-        if not self.possible or not _driver.unseen():
-            return False
-        if any(kernel.pre_run_hooks for kernel in self.kernels):
+        if not self.possible or _watched(self.kernels):
             return False
         self.queue.turn_to(_driver.stream(), len(to.input))
         between: dict[Attend, list[Any]] = {}
@@ -274,10 +289,15 @@ class _Program:
         return True
 
 
-class _Own(threading.local):
-    """A thread's program."""
+def _watched(kernels: Iterable[Any]) -> bool:
+    """Whether a hook of Triton is to see launches."""
+    return not _driver.unseen() or any(kernel.pre_run_hooks for kernel in kernels)
 
-    program: _Program | None = None
+
+class _Thread(threading.local):
+    """What is so in each thread."""
+
+    started = False  # Triton has made the GPU's context the thread's
 
 
 class Launches:
@@ -285,14 +305,16 @@ class Launches:
 
     Args:
         stack: Its weights stay where they are.
-        layers: Of `few` or `many`.
+        few: Whether it runs as `_few` says, or else as `_many`.
     """
 
-    def __init__(self, stack: Stack, layers: list[list[Part]]) -> None:
-        self.stack = stack
+    def __init__(self, stack: Stack, *, few: bool) -> None:
+        self.stack, self.few = stack, few
+        layers = _few(stack) if few else _many(stack)
         self.parts = [part for layer in layers for part in layer]
         self.kinds = {part for part in self.parts if isinstance(part, Attend)}
-        self.own = _Own()
+        self.thread = _Thread()
+        self.idle: list[_Program] = []  # no thread runs these
 
     @property
     def like(self) -> Tensor:
@@ -303,13 +325,20 @@ class Launches:
         """``[T, C]`` to ``[T, C]``, with the last norm, on the current GPU; T over 0."""
         if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
             x = x.clone(memory_format=torch.contiguous_format)
-        to = _Buffers.of(x, self.stack.layers[0])
+        to = _Buffers.of(x, self.stack.layers[0], self.few)
         attend = _attention(self.stack, self.kinds, to, batch)
-        program = self.own.program
+        program = None
+        if self.thread.started:
+            with suppress(IndexError):
+                program = self.idle.pop()
         if program is None or not program.run(to, attend):
             started = [self._start(part, to, attend) for part in self.parts]
-            if program is None and _driver.library() is not None:
-                self.own.program = _Program(started, to)
+            kernels = {part.prepared.kernel for part in started if isinstance(part, Ready)}
+            if not self.idle and program is None and _driver.library() and not _watched(kernels):
+                program = _Program(started, to)
+            self.thread.started = True
+        if program is not None:
+            self.idle.append(program)
         return self.stack.after.add(to.next_x, to.delta)
 
     def _start(

@@ -86,13 +86,40 @@ def test_launches_follow_the_stream_and_the_number_of_rows(gpu):
         scaled.append(queue.bind(compiled, (-(-rows // 2), 2, 1), cells, Blocks(2)))
 
 
+def test_what_an_interrupt_left_is_done_by_the_next_call(gpu):
+    """Even for the same stream and rows."""
+
+    class Interrupted(NamedTuple):
+        def programs(self, rows):
+            if interrupts:
+                raise KeyboardInterrupt
+            return rows
+
+    compiled, arguments = started(16)
+    queue, interrupts = _driver.Queue(), False
+    queue.turn_to(3, 5)
+    launch = queue.bind(compiled, (5, 1, 1), arguments, Interrupted())
+    interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        queue.turn_to(4, 400)
+    interrupts = False
+    queue.turn_to(4, 400)
+    start(launch)
+    assert (gpu.calls[-1].grid, gpu.calls[-1].stream) == ((400, 1, 1), 4)
+
+
+def test_a_launch_keeps_its_kernel_loaded(gpu):
+    compiled, arguments = started(16)
+    assert any(kept is compiled for kept in bind(compiled, (5, 1, 1), arguments).kept)
+
+
 def test_the_driver_finds_no_scratch_memory(gpu):
     """Triton hands these addresses over behind the arguments, whether or not there is any."""
     compiled, arguments = started(16)
     launch = bind(compiled, (5, 1, 1), arguments)
     taken = _driver.parameters(compiled.asm["ptx"])
     assert taken[-2:] == [8, 8]
-    _, addresses, *cells = launch.arguments
+    _, _, addresses, *cells = launch.kept
     assert len(addresses) == len(cells) == len(taken)
     assert [cell.value for cell in cells[-2:]] == [0, 0]
     assert list(addresses) == list(map(ctypes.addressof, cells))

@@ -38,8 +38,7 @@ def ran(monkeypatch):
 
     def counting(self, x, batch):
         y = run(self, x, batch)
-        few = len(self.parts) == 5 * len(self.stack.layers)
-        (found if few else found.many).append(len(x))
+        (found if self.few else found.many).append(len(x))
         return y
 
     monkeypatch.setattr(Launches, "run", counting)

@@ -28,6 +28,7 @@ from fake_gpu import fake_gpu
 from parity import LAYERS, assert_same
 from stand_in import StandIn
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neobert_kernels as nk
@@ -35,6 +36,7 @@ from neobert_kernels import _check, _driver, _runtime
 from neobert_kernels.ops.attention import launch as attention
 from neobert_kernels.ops.attention import tiles
 from neobert_kernels.ops.fused_linear import launch as fused
+from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.direct import DIRECT, FEW_TOKENS, MOST_TOKENS
 from neobert_kernels.patching.frozen import PREPARED
 from neobert_kernels.patching.graphs import Graphs
@@ -307,6 +309,53 @@ def test_a_mode_sees_every_product(ran):
 
 
 @runs_kernel
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_gradients_of_embeddings_come_from_the_layers(switch, ran, monkeypatch):
+    """Where a hook asks for them, of a model that is itself frozen."""
+    monkeypatch.setenv(FEW_TOKENS, switch)
+    model = encoder().requires_grad_(False)
+    nk.patch(model, inference=True)
+    embeddings = model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
+    assert model(**packed(9, 4)).last_hidden_state.requires_grad
+    handle.remove()
+    assert not ran + ran.many
+    states(model, **packed(9, 4))
+    assert ran + ran.many
+    with forward_ad.dual_level():
+        states(model, **packed(9, 4))
+    assert len(ran) + len(ran.many) == 1
+
+
+@runs_kernel
+@pytest.mark.parametrize("name", ["positions", "cu_seqlens"])
+def test_what_is_elsewhere_is_left_to_the_layers(name, ran):
+    """Whose operators say so; a kernel would read another device's address."""
+    model = encoder()
+    nk.patch(model, inference=True)
+    direct, x = model.__dict__[PREPARED].direct, torch.zeros(9, 48, device=DEVICE)
+    bounds = torch.tensor([0, 9], dtype=torch.int32, device=DEVICE)
+    batch = Batch(bounds, 9, torch.arange(9, device=DEVICE), None)
+    elsewhere = dataclasses.replace(batch, **{name: getattr(batch, name).to("meta")})
+    with torch.no_grad():
+        assert direct.run(x, elsewhere) is None
+        assert direct.run(x, batch) is not None
+
+
+@runs_kernel
+def test_a_class_that_computes_something_else_is_called(ran, monkeypatch):
+    """As a library does that replaces every Linear layer's forward."""
+    model = encoder()
+    nk.patch(model, inference=True)
+    before = states(model, **packed(9, 4))
+    linear = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * linear(self, x))
+    after = states(model, **packed(9, 4))
+    assert not torch.allclose(before, after)
+    assert len(ran) == 1
+
+
+@runs_kernel
 def test_hidden_states_are_those_of_the_layers(ran):
     model = encoder()
     nk.patch(model, inference=True)
@@ -466,6 +515,39 @@ def test_each_thread_has_its_own_addresses(gpu, ran):
 
 
 @on_a_cpu
+def test_hooks_at_the_first_forward_leave_later_ones_to_the_driver(gpu, ran):
+    model = encoder()
+    nk.patch(model, inference=True)
+    fused.fused_linear_kernel.add_pre_run_hook(lambda *args, **kwargs: None)
+    try:
+        assert of_layers(gpu, model, 9, 4)[0] == {False}
+    finally:
+        fused.fused_linear_kernel.pre_run_hooks.clear()
+    assert [of_layers(gpu, model, 9, 4)[0] for _ in range(2)] == [{False}, {True}]
+
+
+@on_a_cpu
+def test_one_row_whose_stride_is_another(gpu, ran, monkeypatch):
+    """Launches that it made out serve more rows later."""
+    monkeypatch.setenv(FEW_TOKENS, "0")
+    model = encoder()
+    nk.patch(model, inference=True)
+    direct, own = model.__dict__[PREPARED].direct, torch.zeros(1, 64)[:, :48]
+    assert own.is_contiguous()
+    assert own.stride() == (64, 1)
+    for x in (own, torch.zeros(9, 48)):
+        batch = Batch(
+            torch.tensor([0, len(x)], dtype=torch.int32), len(x), torch.arange(len(x)), None
+        )
+        with torch.no_grad():
+            assert direct.run(x, batch) is not None
+        norms = [c for c in gpu.calls if c.name == "norm_forward_kernel"]
+        rows = [c.numbers[-3:-1] for c in norms]
+        assert {number for each in rows for number in each} <= {0, 48}
+        gpu.calls.clear()
+
+
+@on_a_cpu
 def test_every_launch_goes_to_the_current_stream(gpu, ran):
     model = encoder()
     nk.patch(model, inference=True)
@@ -493,7 +575,7 @@ def test_what_the_driver_refuses_is_an_error(gpu, number, ran, monkeypatch):
     refuses = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(refusing)
     with monkeypatch.context() as patch:
         patch.setattr(_driver, "library", lambda: _driver.declared(refuses))
-        rule = "^launch: expected success of cuLaunchKernelEx, got its error 201$"
+        rule = "^launch: expected success of cuLaunchKernelEx, got its error 201, "
         with pytest.raises(RuntimeError, match=rule):
             of_layers(gpu, model, 9, 4)
     assert left == [-1]

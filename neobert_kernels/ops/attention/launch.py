@@ -192,18 +192,23 @@ def forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def ready(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, *rest: Any) -> list[Ready | Described]:
+def ready(
+    out: Tensor, lse: Tensor, turned: Callable[[], Tensor], q: Tensor, k: Tensor, *rest: Any
+) -> list[Ready | Described]:
     """The forward's launches, to be started any number of times, T over 0.
 
     q, k and v, with neighbouring channels, are read anew at each start, the rest is not.
+
+    Args:
+        turned: Returns memory for q and k where they turn before the kernel, ``[T, heads of both,
+            D]``; several launches that run one after the other may share it.
     """
     launches: list[Ready | Described] = []
 
     def later(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
     ) -> tuple[Tensor, Tensor]:
-        T, H, D = q.shape
-        both = q.new_empty((T, H + k.shape[1], D))
+        H, both = q.shape[1], turned()
         launches.append(ready_pair(q, k, cos, sin, interleaved, both))
         return both[:, :H], both[:, H:]
 
