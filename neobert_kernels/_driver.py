@@ -46,7 +46,7 @@ class Launch(NamedTuple):
     """Arguments of ``cuLaunchKernelEx``.
 
     Attributes:
-        call: Addresses of a `Config`, of the function, and of where ``arguments`` are.
+        call: Addresses of a `Config`, of the function, and of the arguments' addresses.
         kept: The kernel and the objects at the addresses, which must not go before them.
     """
 

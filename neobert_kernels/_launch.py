@@ -87,6 +87,14 @@ class Prepared:
         return (args[0].get_device(), *types, *args[self._numbers :])
 
 
+def row_step(rows: torch.Tensor | None) -> int:
+    """From one row of ``[T, C]`` to the next, in elements; 0 where there are none."""
+    if rows is None:
+        return 0
+    T, C = rows.shape
+    return C if T == 1 else rows.stride(0)  # of one row it may be anything
+
+
 class Rows(NamedTuple):
     """How a launch follows from its number of rows.
 

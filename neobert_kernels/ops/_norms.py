@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from neobert_kernels import _runtime
-from neobert_kernels._launch import MOST_PREPARED, Prepared, Ready, Rows
+from neobert_kernels._launch import MOST_PREPARED, Prepared, Ready, Rows, row_step
 from neobert_kernels._triton import tl, triton
 
 MAX_CHANNELS = 16384  # a program keeps whole rows in registers
@@ -337,18 +337,12 @@ def ready(
     """
     T, C = x.shape
     plan = forward_plan(C, x.element_size())
-
-    def step(rows: Tensor | None) -> int:
-        if rows is None:
-            return 0
-        return C if T == 1 else rows.stride(0)  # of one row it may be anything
-
     rows = Rows(at=6, block=plan.tile.rows)
     return Ready(
         _prepared_forward(plan, C, centered),
         (rows.programs(T), 1, 1),
         (
-            x, residual, weight, bias, y, h, T, step(x), step(residual), float(eps),
+            x, residual, weight, bias, y, h, T, row_step(x), row_step(residual), float(eps),
         ),
         rows,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neobert_kernels import _runtime
-from neobert_kernels._launch import MOST_PREPARED, Prepared, Ready, Rows
+from neobert_kernels._launch import MOST_PREPARED, Prepared, Ready, Rows, row_step
 from neobert_kernels.ops.fused_linear.kernel import fused_linear_kernel
 
 GATED = ("swiglu", "geglu")
@@ -69,18 +69,12 @@ def ready(
     (M, K), F = x.shape, y.shape[-1]
     held = norm_weight is not None or residual is not None
     tile = choice(x.element_size(), held)
-
-    def step(rows: Tensor | None) -> int:
-        if rows is None:
-            return 0
-        return K if M == 1 else rows.stride(0)  # of one row it may be anything
-
     return Ready(
         _prepared(tile, F, K, activation, centered),
         (-(-M // ROWS), -(-F // tile.columns), 1),
         (
-            x, residual, norm_weight, norm_bias, weight, bias, y, h, u, M, step(x),
-            step(residual), weight.stride(0), float(eps),
+            x, residual, norm_weight, norm_bias, weight, bias, y, h, u, M, row_step(x),
+            row_step(residual), weight.stride(0), float(eps),
         ),
         Rows(at=9, block=ROWS),
     )  # fmt: skip
