@@ -13,7 +13,6 @@ ROUNDING = {"rtol": 1e-4, "atol": 1e-4}  # of float32 values up to about 10, thr
 runs_kernel = pytest.mark.skipif(
     not CUDA and not _runtime.INTERPRET, reason="no kernel runs on the CPU"
 )
-on_a_cpu = pytest.mark.skipif(CUDA or _runtime.INTERPRET, reason="with a GPU that is not there")
 # RoBERTa's layers are BERT's.
 every_family = pytest.mark.parametrize(
     "family", [name for name in ENCODERS if CUDA or "roberta" not in name]

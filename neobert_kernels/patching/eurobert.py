@@ -23,7 +23,7 @@ from neobert_kernels.patching.rotary import (
     check_block,
     check_rope,
     feed_forward,
-    few_layer,
+    described,
     few_stack,
     table,
     used_layers,
@@ -81,7 +81,7 @@ def stack(base: Any) -> Stack:
         return Norm.rms(module, module.variance_epsilon)
 
     found = [
-        few_layer(base, layer, norm(layer.input_layernorm), norm(layer.post_attention_layernorm))
+        described(base, layer, norm(layer.input_layernorm), norm(layer.post_attention_layernorm))
         for layer in used_layers(base)
     ]
     return few_stack(base, found, norm(base.norm), post_norm=False)

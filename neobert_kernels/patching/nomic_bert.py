@@ -23,7 +23,7 @@ from neobert_kernels.patching.rotary import (
     check_block,
     check_rope,
     feed_forward,
-    few_layer,
+    described,
     few_stack,
     table,
     used_layers,
@@ -82,7 +82,7 @@ def stack(base: Any) -> Stack:
     found, norm = [], None  # the embeddings are normalized
     for layer in used_layers(base):
         between = Norm.layer(layer.post_attention_layernorm)
-        found.append(few_layer(base, layer, norm, between))
+        found.append(described(base, layer, norm, between))
         norm = Norm.layer(layer.post_mlp_layernorm)
     assert norm is not None
     return few_stack(base, found, norm, post_norm=True)

@@ -81,7 +81,7 @@ def feed_forward(mlp: Any, x: Tensor) -> Tensor:
     return mlp.down_proj(multiply(mlp.gate_proj(x), mlp.up_proj(x)))
 
 
-def few_layer(base: Any, layer: Any, before: Norm | None, between: Norm) -> Layer:
+def described(base: Any, layer: Any, before: Norm | None, between: Norm) -> Layer:
     """A frozen model's layer by its weights, between its norms."""
     view = layer.__dict__[PREPARED]
     return Layer(
