@@ -22,9 +22,9 @@ from neobert_kernels.patching.rotary import (
     attend,
     check_block,
     check_rope,
-    feed_forward,
     described,
-    few_stack,
+    feed_forward,
+    stack_with,
     table,
     used_layers,
     view,
@@ -84,7 +84,7 @@ def stack(base: Any) -> Stack:
         described(base, layer, norm(layer.input_layernorm), norm(layer.post_attention_layernorm))
         for layer in used_layers(base)
     ]
-    return few_stack(base, found, norm(base.norm), post_norm=False)
+    return stack_with(base, found, norm(base.norm), post_norm=False)
 
 
 def run(

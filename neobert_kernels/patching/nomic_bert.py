@@ -22,9 +22,9 @@ from neobert_kernels.patching.rotary import (
     attend,
     check_block,
     check_rope,
-    feed_forward,
     described,
-    few_stack,
+    feed_forward,
+    stack_with,
     table,
     used_layers,
     view,
@@ -85,7 +85,7 @@ def stack(base: Any) -> Stack:
         found.append(described(base, layer, norm, between))
         norm = Norm.layer(layer.post_mlp_layernorm)
     assert norm is not None
-    return few_stack(base, found, norm, post_norm=True)
+    return stack_with(base, found, norm, post_norm=True)
 
 
 def run(

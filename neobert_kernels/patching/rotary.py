@@ -96,7 +96,7 @@ def described(base: Any, layer: Any, before: Norm | None, between: Norm) -> Laye
     )
 
 
-def few_stack(base: Any, found: list[Layer], after: Norm, post_norm: bool) -> Stack:
+def stack_with(base: Any, found: list[Layer], after: Norm, post_norm: bool) -> Stack:
     attention = used_layers(base)[0].self_attn
     views = [layer.__dict__[PREPARED].self_attn for layer in used_layers(base)]
     counts, size = views[0].counts, attention.head_dim
