@@ -126,8 +126,12 @@ def view(base: Any, layer: Any, prepare: Preparer) -> View:
     return View(
         layer,
         {
-            "attention": View(attention, {"self": View(self_, parts)}),
+            "attention": View(
+                attention,
+                {"self": View(self_, parts), "output": prepare.part(attention.output, "dense")},
+            ),
             "intermediate": wide if expanded is None else expanded,
+            "output": prepare.part(layer.output, "dense"),
         },
     )
 

@@ -3,11 +3,14 @@
 A block of a frozen model reads its parts from a `View` of the layer, in which products of several
 Linear layers over the same input are one `Product`: q, k and v, or gate and up. RoPE's rows of such
 a product are put into the order that turns faster on the device, with the same result: scores are
-sums over a head's channels, which q and k bring in the same order. On a CPU in float32 BERT's GELU
-is applied where its product is still in cache, by oneDNN, on a weight as oneDNN lays it out. That
-layout alone gains nothing over ``F.linear``, so other products have none. The operators are
-PyTorch's own, which TorchInductor emits for frozen models, but private: where a build lacks them,
-`onednn_available` is False and the product goes through ``F.linear``.
+sums over a head's channels, which q and k bring in the same order.
+
+On a CPU in float32 oneDNN multiplies, from weights as it lays them out, where it was measured ahead
+of ``F.linear``. With AVX512 that is BERT's wide product, whose GELU it applies while the result is
+in cache; that layout alone gains nothing. With AVX2 alone it is every product, and there GELU takes
+longer inside than in a pass of its own. The operators are PyTorch's, which TorchInductor emits for
+frozen models, but private: where a build lacks them, `onednn_available` is False and all products
+go through ``F.linear``.
 
 The model's modules and parameters stay as they are. `Frozen.check` looks once per forward whether
 they still are what the products were made of.
@@ -40,6 +43,11 @@ def onednn_available() -> bool:
     return torch.backends.mkldnn.is_available() and found
 
 
+def onednn_ahead() -> bool:
+    """Whether oneDNN's products from prepacked weights are ahead of ``F.linear`` by themselves."""
+    return onednn_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 class Product:
     """``x`` times the weights of one or several Linear layers, one behind the other.
 
@@ -48,6 +56,7 @@ class Product:
         order: ``[outputs]`` int64: the row of the stacked weights that each output is made of;
             None keeps their order.
         gelu: Whether the exact (erf) GELU follows.
+        packed: Whether oneDNN multiplies: float32 on a CPU, where it is available.
         rows: Tokens that a call usually brings.
         fixed: Whether a row has the same bits in every batch.
 
@@ -60,10 +69,11 @@ class Product:
         linears: Sequence[nn.Linear],
         order: Tensor | None = None,
         gelu: bool = False,
+        packed: bool = False,
         rows: int = ROWS,
         fixed: bool = False,
     ) -> None:
-        self.linears, self.order, self.gelu, self.rows = tuple(linears), order, gelu, rows
+        self.linears, self.order, self.gelu, self.packed = tuple(linears), order, gelu, packed
         self.multiply = nk.batch_invariant_linear if fixed else F.linear
         self.sources = [
             (linear, name, p, p._version, (p.data_ptr(), p.shape, p.stride()))
@@ -80,12 +90,11 @@ class Product:
                     for linear, w in ((each, each.weight.detach()) for each in self.linears)
                 ]
             )
-        packs = weight.is_cpu and weight.dtype == torch.float32 and onednn_available()
-        self.packed = gelu and packs and not fixed
         self.nbytes = sum(x.nbytes for x in (weight, self.bias) if x is not None)
-        self.weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight
-        )
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if packed else weight
+        self.gelu_inside = gelu and packed and not onednn_ahead()
+        # Behind "gelu" "none" asks for erf; the other one is "tanh".
+        self.epilogue: tuple[str, list, str] = ("gelu" if self.gelu_inside else "none", [], "none")
 
     def _stacked(self, parts: list[Tensor]) -> Tensor:
         # A copy also of a single one: memory that the caller goes on writing is not ours.
@@ -93,11 +102,12 @@ class Product:
         return stacked if self.order is None else stacked[self.order.to(stacked.device)]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.packed:
+        if self.packed:
+            multiply = torch.ops.mkldnn._linear_pointwise
+            y = multiply(x, self.weight, self.bias, *self.epilogue)
+        else:
             y = self.multiply(x, self.weight, self.bias)
-            return F.gelu(y) if self.gelu else y
-        # "none" asks for erf; the other GELU is "tanh".
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+        return torch.ops.aten.gelu_(y) if self.gelu and not self.gelu_inside else y
 
     def stale(self) -> str | None:
         """What changed since the product was made: the name of a parameter, or "hooks"."""
@@ -122,40 +132,58 @@ class Product:
 class Preparer:
     """Makes the products of one model.
 
+    Args:
+        kernels: Whether kernels run between the products.
+
     Attributes:
         products: All that were made.
         interleaved: Whether RoPE pairs are neighbours in prepared projections.
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, rows: int, fixed: bool = False
+        self, device: torch.device, dtype: torch.dtype, rows: int, kernels: bool, fixed: bool
     ) -> None:
         self.rows, self.fixed = rows, fixed
         self.products: list[Product] = []
         # Measured on a CPU: neighbours turn as complex numbers, in one pass, not several. A GPU
         # parts them in registers; halves it reads as they are.
         self.interleaved = device.type == "cpu"
-        packs = device.type == "cpu" and dtype == torch.float32 and onednn_available()
-        self.packs = packs and not fixed
+        plain = device.type == "cpu" and dtype == torch.float32 and not kernels
+        self.fuses_gelu = plain and onednn_available()
+        self.packs = plain and onednn_ahead()
 
     def _product(self, linears: Sequence[nn.Linear], **options: Any) -> Product:
-        self.products.append(Product(linears, rows=self.rows, fixed=self.fixed, **options))
+        options = {"packed": self.packs, "rows": self.rows, "fixed": self.fixed} | options
+        self.products.append(Product(linears, **options))
         return self.products[-1]
+
+    def part(self, module: nn.Module, *names: str, **parts: Any) -> Any:
+        """A part of a layer, which is not called itself, as its block reads it.
+
+        Args:
+            names: Of Linear layers that are multiplied one by one.
+            parts: What else stands in place of its attributes.
+        """
+        alone = {name: self.together([getattr(module, name)]) for name in names}
+        parts |= {name: product for name, product in alone.items() if product is not None}
+        return View(module, parts) if parts else module
 
     def with_gelu(self, linear: Any, activation: Any) -> Product | None:
         """A Linear layer with the activation behind it, if that is the exact GELU."""
-        if not (self.packs and _plain(linear)):
+        if not (self.fuses_gelu and _plain(linear)):
             return None
         if not is_gelu(activation) or is_watched(activation):
             return None
-        return self._product([linear], gelu=True)
+        return self._product([linear], gelu=True, packed=True)
 
     def together(self, linears: Sequence[Any], order: Tensor | None = None) -> Product | None:
         """Layers over one input as one product.
 
         None where one is more than a plain Linear, or nothing but a copy would come of it.
         """
-        if not all(map(_plain, linears)) or (len(linears) == 1 and order is None):
+        if not all(map(_plain, linears)):
+            return None
+        if len(linears) == 1 and order is None and not self.packs:
             return None
         if len({(x.in_features, x.weight.dtype, x.weight.device) for x in linears}) > 1:
             return None
@@ -269,8 +297,8 @@ def freeze(
     ``invariant``: rows have the same bits in every batch, where kernels run.
     """
     first = next(base.parameters())
-    fixed = invariant and _runtime.use_kernel(first)
-    prepare = Preparer(first.device, first.dtype, rows, fixed)
+    kernels = _runtime.use_kernel(first)
+    prepare = Preparer(first.device, first.dtype, rows, kernels, fixed=invariant and kernels)
     views, frozen = [], Frozen(prepare.products, [])
     for _, layer in layers_of(base):
         made = len(prepare.products)

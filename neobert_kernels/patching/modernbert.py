@@ -136,11 +136,13 @@ def view(base: Any, layer: Any, prepare: Preparer) -> View:
     attn = layer.attn
     heads = [base.config.num_attention_heads] * 3
     qkv = prepare.turned([attn.Wqkv], heads, attn.head_dim, interleaved=False)
-    parts = {
-        "Wqkv": attn.Wqkv if qkv is None else qkv,
-        "interleaved": qkv is not None and prepare.interleaved,
-    }
-    return View(layer, {"attn": View(attn, parts)})
+    attention = prepare.part(
+        attn,
+        "Wo",
+        Wqkv=attn.Wqkv if qkv is None else qkv,
+        interleaved=qkv is not None and prepare.interleaved,
+    )
+    return View(layer, {"attn": attention, "mlp": prepare.part(layer.mlp, "Wi", "Wo")})
 
 
 def stack(base: Any) -> Stack:

@@ -79,13 +79,14 @@ def view(base: Any, layer: Any, prepare: Preparer) -> View:
     head_size = base.config.hidden_size // heads
     order = None if prepare.interleaved else _halves_first(heads, head_size)
     qkv = prepare.together([layer.qkv], order)
-    return View(
+    view: View = prepare.part(
         layer,
-        {
-            "qkv": layer.qkv if qkv is None else qkv,
-            "interleaved": qkv is None or prepare.interleaved,
-        },
+        "wo",
+        qkv=layer.qkv if qkv is None else qkv,
+        interleaved=qkv is None or prepare.interleaved,
+        ffn=prepare.part(layer.ffn, "w12", "w3"),
     )
+    return view
 
 
 def _halves_first(heads: int, size: int) -> Tensor:

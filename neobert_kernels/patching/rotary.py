@@ -120,12 +120,18 @@ def view(base: Any, layer: Any, prepare: Preparer) -> View:
     shared = getattr(base.config, "num_key_value_heads", None) or heads
     counts = [heads, shared, shared]
     qkv = prepare.turned(linears, counts, size, interleaved=False)
-    parts = {"qkv": qkv, "counts": counts, "interleaved": qkv is not None and prepare.interleaved}
-    gate_up = prepare.together([mlp.gate_proj, mlp.up_proj])
     return View(
         layer,
         {
-            "self_attn": View(attention, parts),
-            "mlp": View(mlp, {"gate_up": gate_up}),
+            "self_attn": prepare.part(
+                attention,
+                "o_proj",
+                qkv=qkv,
+                counts=counts,
+                interleaved=qkv is not None and prepare.interleaved,
+            ),
+            "mlp": prepare.part(
+                mlp, "down_proj", gate_up=prepare.together([mlp.gate_proj, mlp.up_proj])
+            ),
         },
     )

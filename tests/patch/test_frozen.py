@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import neobert_kernels as nk
+from neobert_kernels.patching import frozen
 from neobert_kernels.patching.frozen import PREPARED, Product, onednn_available, pair_order
 
 needs_onednn = pytest.mark.skipif(not onednn_available(), reason="needs oneDNN")
+# What oneDNN multiplies: nothing, BERT's wide product (AVX512), everything (AVX2).
+ONEDNN = {"nothing": (False, False), "wide": (True, False), "everything": (True, True)}
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}  # of float32 values up to about 10, through three layers
 every_family = pytest.mark.parametrize("family", ENCODERS)
 
@@ -30,11 +34,21 @@ def states(model, family, **inputs):
     return model(input_ids=ids, attention_mask=mask, **inputs).last_hidden_state[mask == 1]
 
 
+@pytest.fixture(params=[pytest.param(name, marks=needs_onednn) for name in ONEDNN])
+def onednn(request, monkeypatch):
+    """Each kind of processor in turn."""
+    return multiplies(request.param, monkeypatch)
+
+
+def multiplies(what, monkeypatch):
+    available, ahead = ONEDNN[what]
+    monkeypatch.setattr(frozen, "onednn_available", lambda: available)
+    monkeypatch.setattr(frozen, "onednn_ahead", lambda: ahead)
+    return what
+
+
 @every_family
-@pytest.mark.parametrize("onednn", [True, False])
-def test_equals_the_patched_model(family, onednn, monkeypatch):
-    if not onednn:
-        monkeypatch.setattr("neobert_kernels.patching.frozen.onednn_available", lambda: False)
+def test_equals_the_patched_model(family, onednn):
     model = encoder(family)
     with nk.patched(model):
         rounded = states(model, family)
@@ -44,6 +58,15 @@ def test_equals_the_patched_model(family, onednn, monkeypatch):
     products = model.__dict__[PREPARED].products
     assert report.prepared[0].what == f"{len(products)} products"
     assert str(report).count("second copies") == 1
+    packed = [product for product in products if product.packed]
+    if onednn == "everything":
+        assert {id(linear) for product in packed for linear in product.linears} == {
+            id(module)
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and re.search(r"\.\d+\.", name)
+        }
+    else:
+        assert packed == [p for p in products if p.gelu and onednn == "wide"]
 
 
 @every_family
@@ -126,8 +149,10 @@ def test_a_changed_weight_is_refused(family, change):
         states(model, family)
 
 
-def test_weights_that_were_not_prepared_may_change():
-    model = encoder("neobert")  # on a CPU it has none
+@needs_onednn
+def test_weights_that_were_not_prepared_may_change(monkeypatch):
+    multiplies("wide", monkeypatch)
+    model = encoder("neobert")  # which has nothing wide
     nk.patch(model, inference=True)
     assert not model.__dict__[PREPARED].products
     before = states(model, "neobert")
@@ -203,11 +228,11 @@ def test_copies_are_their_own():
 @needs_onednn
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 7, 300])
-def test_a_product_equals_linear_and_gelu(rows, bias, gelu):
+@pytest.mark.parametrize("rows", [0, 1, 7, 300])
+def test_a_product_equals_linear_and_gelu(rows, bias, gelu, onednn):
     torch.manual_seed(0)
     plain = nn.Linear(48, 80, bias=bias)
-    product = Product([plain], gelu=gelu, rows=64)
+    product = Product([plain], gelu=gelu, packed=onednn != "nothing", rows=64)
 
     def reference(x, dtype):
         y = F.linear(x, *(p.to(dtype) for p in plain.parameters()))
@@ -260,7 +285,7 @@ def test_every_head_kind_is_covered():
 
 
 @needs_onednn
-def test_frozen_for_good_gives_up_its_own_weights():
+def test_frozen_for_good_gives_up_its_own_weights(onednn):
     model = encoder("bert")
     nk.patch(model, inference=True)
     expected = states(model, "bert")
@@ -273,7 +298,15 @@ def test_frozen_for_good_gives_up_its_own_weights():
         if type(module) is nn.Linear and module.weight.is_meta
     }
     own = {f"attention.self.{name}" for name in ("query", "key", "value")}
-    assert gone == own | {"intermediate.dense"}
+    assert (
+        gone
+        == own
+        | {
+            "nothing": set(),
+            "wide": {"intermediate.dense"},
+            "everything": {"intermediate.dense", "attention.output.dense", "output.dense"},
+        }[onednn]
+    )
     for call in (nk.unpatch, copy.deepcopy):
         with pytest.raises(ValueError, match=r"^model: expected one that kept its weights"):
             call(model)
