@@ -3,10 +3,13 @@
 A layer is a list of parts over buffers that all layers share. The driver reads the buffers'
 addresses where a `_Program` keeps them, so each forward has buffers of its own and writes their
 addresses once. A thread's first forward starts as Triton does it, which compiles and loads what is
-then kept, and makes the GPU's context the thread's; kernels with TMA descriptors always do.
+then kept, and makes the GPU's context the thread's; kernels with TMA descriptors always do. The
+next forwards, until two sizes have been seen, run both ways: unless the bits are the same, Triton
+starts everything from there on.
 """
 
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -22,6 +25,8 @@ from neobert_kernels.ops.fused_linear import launch as fused
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import rotated
 from neobert_kernels.patching.stacks import Layer, Linear, Norm, Stack
+
+PROOFS = 2  # numbers of rows over which a program's launches are compared with Triton's
 
 
 class _Buffers(NamedTuple):
@@ -250,6 +255,7 @@ class _Program:
         cells = {id(x): address for x, address in zip(to, self.addresses, strict=True)}
         memory = {x.untyped_storage().data_ptr() for x in to[1:]}  # the input is a caller's
         self.parts: list[Any] = []
+        self.proofs = set[int]()  # numbers of rows for which it gave Triton's bits
         self.kernels = {part.prepared.kernel for part in parts if isinstance(part, Ready)}
         self.possible = True
         for part in parts:
@@ -263,10 +269,11 @@ class _Program:
             else:
                 self.parts.append(part)
 
-    def run(self, to: _Buffers, attend: dict[Attend, list[Attention]]) -> bool:
-        """Whether it was possible; otherwise nothing has been started."""
-        if not self.possible or _watched(self.kernels):
-            return False
+    def usable(self) -> bool:
+        return self.possible and not _watched(self.kernels)
+
+    def run(self, to: _Buffers, attend: dict[Attend, list[Attention]]) -> None:
+        """While it is usable."""
         self.queue.turn_to(_driver.stream(), len(to.input))
         between: dict[Attend, list[Any]] = {}
         for kind, launches in attend.items():
@@ -286,7 +293,10 @@ class _Program:
                         raise _driver.refused(code)
             else:
                 part(to)
-        return True
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
 
 def _watched(kernels: Iterable[Any]) -> bool:
@@ -315,6 +325,7 @@ class Launches:
         self.kinds = {part for part in self.parts if isinstance(part, Attend)}
         self.thread = _Thread()
         self.idle: list[_Program] = []  # no thread runs these
+        self.trusted = True
 
     @property
     def like(self) -> Tensor:
@@ -325,21 +336,62 @@ class Launches:
         """``[T, C]`` to ``[T, C]``, with the last norm, on the current GPU; T over 0."""
         if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
             x = x.clone(memory_format=torch.contiguous_format)
-        to = _Buffers.of(x, self.stack.layers[0], self.few)
-        attend = _attention(self.stack, self.kinds, to, batch)
         program = None
         if self.thread.started:
             with suppress(IndexError):
                 program = self.idle.pop()
-        if program is None or not program.run(to, attend):
-            started = [self._start(part, to, attend) for part in self.parts]
-            kernels = {part.prepared.kernel for part in started if isinstance(part, Ready)}
-            if not self.idle and program is None and _driver.library() and not _watched(kernels):
-                program = _Program(started, to)
+        if program is not None and program.usable() and self._proven(program, x, batch):
+            y = self._by_driver(program, x, batch)
+        else:
+            y, started, to = self._by_triton(x, batch)
             self.thread.started = True
-        if program is not None:
+            if program is None and not self.idle and self.trusted and _driver.library():
+                kernels = {part.prepared.kernel for part in started if isinstance(part, Ready)}
+                program = None if _watched(kernels) else _Program(started, to)
+        if program is not None and self.trusted:
             self.idle.append(program)
+        return y
+
+    def _proven(self, program: _Program, x: Tensor, batch: Batch) -> bool:
+        """Whether the driver's launches give Triton's bits, looked at for the first sizes.
+
+        Where they do not, all launches go through Triton from here on.
+        """
+        if len(x) in program.proofs or len(program.proofs) >= PROOFS:
+            return True
+        if torch.cuda.is_current_stream_capturing():
+            return False  # what is looked at is waited for
+        try:
+            ours, why = self._by_driver(program, x, batch), "other bits than Triton's"
+            same = _same_bits(ours, self._by_triton(x, batch)[0])
+        except RuntimeError as error:
+            same, why = False, str(error)
+        if same:
+            program.proofs.add(len(x))
+        else:
+            self.trusted = False
+            self.idle.clear()
+            warnings.warn(
+                f"neobert_kernels: launches by CUDA's driver gave {why} over {len(x)} tokens and "
+                "go through Triton from here on; please report this with what `neobert doctor` "
+                f"prints (NEOBERT_DIRECT=0 does without)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return same
+
+    def _by_driver(self, program: _Program, x: Tensor, batch: Batch) -> Tensor:
+        to = _Buffers.of(x, self.stack.layers[0], self.few)
+        attend = _attention(self.stack, self.kinds, to, batch)
+        program.run(to, attend)
         return self.stack.after.add(to.next_x, to.delta)
+
+    def _by_triton(self, x: Tensor, batch: Batch) -> tuple[Tensor, list[Part | Ready], _Buffers]:
+        """Also what was started, and on which buffers."""
+        to = _Buffers.of(x, self.stack.layers[0], self.few)
+        attend = _attention(self.stack, self.kinds, to, batch)
+        started = [self._start(part, to, attend) for part in self.parts]
+        return self.stack.after.add(to.next_x, to.delta), started, to
 
     def _start(
         self, part: Part, to: _Buffers, attend: dict[Attend, list[Attention]]

@@ -14,6 +14,7 @@ import neobert_kernels as nk
 from neobert_kernels import _check, _driver, _runtime
 from neobert_kernels.ops.attention import launch as attention
 from neobert_kernels.ops.fused_linear import launch as fused
+from neobert_kernels.patching import launches as programs
 from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.direct import FEW_TOKENS
 from neobert_kernels.patching.frozen import PREPARED
@@ -98,6 +99,85 @@ def test_attention_that_has_not_started_yet_starts_as_triton_does(gpu, ran):
     after = [of_layers(gpu, model, 9, 4)[0] for _ in range(2)]
     assert before == [{False}, {True}]
     assert after == [{False, True}, {True}]
+
+
+@pytest.fixture
+def proofs(monkeypatch):
+    """Two sizes are looked at; ``same`` is what that says, None of nothing."""
+
+    class Proofs:
+        same, seen, capturing = True, 0, False
+
+    def same_bits(x, y):
+        Proofs.seen += 1
+        return Proofs.same
+
+    monkeypatch.setattr(programs, "PROOFS", 2)
+    monkeypatch.setattr(programs, "_same_bits", same_bits)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Proofs.capturing)
+    return Proofs
+
+
+def ways(gpu, model, *lengths):
+    """How many launches of the layers Triton and the driver start."""
+    gpu.calls.clear()
+    states(model, **packed(*lengths))
+    calls = [c for c in gpu.calls if c.name in ("fused_linear_kernel", "attention_forward_kernel")]
+    return tuple(sum(c.by_driver is way for c in calls) for way in (False, True))
+
+
+def test_the_drivers_first_launches_are_compared_with_tritons(gpu, ran, proofs):
+    model = encoder()  # two layers of five launches
+    nk.patch(model, inference=True)
+    batches = [(9, 4), (9, 4), (9, 4), (4, 9), (3,), (3,), (2, 8), (9, 4)]
+    both, alone = (10, 20), (0, 10)
+    expected = [(10, 0), both, alone, alone, both, alone, alone, alone]
+    assert [ways(gpu, model, *lengths) for lengths in batches] == expected
+    assert proofs.seen == 2
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_other_bits_than_tritons_leave_everything_to_triton(gpu, ran, proofs, size):
+    model = encoder()
+    nk.patch(model, inference=True)
+    for lengths in [(9, 4), (9, 4)] if size == 2 else [(9, 4)]:
+        states(model, **packed(*lengths))
+    proofs.same = False
+    with pytest.warns(RuntimeWarning, match=r"driver gave other bits than Triton's over 5 tok"):
+        assert ways(gpu, model, 3, 2) == (20, 10)
+    proofs.same = True
+    assert [ways(gpu, model, *lengths) for lengths in [(3, 2), (9, 4), (7,)]] == [(10, 0)] * 3
+    assert proofs.seen == size
+
+
+def test_a_driver_that_refuses_at_first_leaves_everything_to_triton(gpu, ran, proofs, monkeypatch):
+    model = encoder()
+    nk.patch(model, inference=True)
+    states(model, **packed(9, 4))
+    refuses = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(lambda *_: 1)
+    monkeypatch.setattr(_driver, "library", lambda: _driver.declared(refuses))
+    with pytest.warns(RuntimeWarning, match="gave launch: expected success of cuLaunchKernelEx"):
+        assert ways(gpu, model, 9, 4) == (10, 0)
+    assert ways(gpu, model, 9, 4) == (10, 0)
+
+
+def test_nothing_is_compared_while_a_graph_is_captured(gpu, ran, proofs):
+    model = encoder()
+    nk.patch(model, inference=True)
+    states(model, **packed(9, 4))
+    proofs.capturing = True
+    assert ways(gpu, model, 9, 4) == (10, 0)
+    proofs.capturing = False
+    assert ways(gpu, model, 9, 4) == (10, 20)
+    proofs.capturing = True
+    assert ways(gpu, model, 9, 4) == (0, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_are_those_of_nan_too(dtype):
+    x = torch.tensor([[1.0, torch.nan], [torch.inf, -0.0]], dtype=dtype)
+    assert programs._same_bits(x, x.clone())
+    assert not programs._same_bits(x, x.abs())
 
 
 def test_each_thread_has_its_own_addresses(gpu, ran):
