@@ -28,12 +28,14 @@ TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch,torch==2.13.0)
 OLDEST := triton==3.6.0 transformers==5.10.1 'numpy<2.4'
 
 # The interpreter is slow: of the models' tests those of the forward, for every family. With the oldest Triton
-# a forward and all gradients of each, and not again what is PyTorch's, which is the same there: graphs, schemas.
+# a forward and all gradients of each, and not again what is PyTorch's, which is the same there: graphs, schemas,
+# and torch.compile but for two models.
 INTERPRETED := $(addprefix tests/patch/test_,patch.py autocast.py invariant.py direct.py \
 	direct_changes.py)
 OLDEST_INTERPRETED := -k 'not (compile or registration)' $(addprefix tests/patch/test_, \
 	patch.py::test_padded_batch_equals_the_unpatched_model patch.py::test_every_gradient_of_a_base_model \
 	direct.py::test_equals_the_patched_model)
+OLDEST_COMPILED := -k 'not compile or (compiled_base_model and (neobert or modernbert))'
 PROMISES := tests/kernels/test_aot.py::test_every_kernel_keeps_its_promises
 PIP    := -m pip --disable-pip-version-check install --quiet --no-compile
 BIN    := $(VENV)/bin
@@ -124,7 +126,7 @@ compat: $(COMPAT)/.dev
 	TRITON_INTERPRET=1 $(call pytest,$(COMPAT)) tests/kernels $(OLDEST_INTERPRETED)
 	$(COMPAT)/bin/neobert aot
 	$(call pytest,$(COMPAT)) tests/kernels -m aot --deselect=$(PROMISES)
-	$(call pytest,$(COMPAT)) tests/model tests/encode tests/patch
+	$(call pytest,$(COMPAT)) tests/model tests/encode tests/patch $(OLDEST_COMPILED)
 
 demo: $(VENV)/.demo
 	$(BIN)/neobert demo --texts $(TEXTS)
