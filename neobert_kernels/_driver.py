@@ -159,16 +159,23 @@ class Queue:
 
 def starter() -> Callable[..., int]:
     """`library`, where something was bound: called as ``(*launch.call, None)`` it starts a launch
-    on the current GPU and returns 0, or else a number for `refused`."""
+    on the current GPU and returns 0, or else the code of a `RefusedError`."""
     start = library()
     assert start is not None, "nothing is bound without a driver"
     return start
 
 
-def refused(code: int) -> RuntimeError:
-    rule = "success of cuLaunchKernelEx"
-    got = f"its error {code}, which may be of earlier work on this GPU"
-    return RuntimeError(f"launch: expected {rule}, got {got}")
+class RefusedError(RuntimeError):
+    """The driver did not start a launch.
+
+    Args:
+        code: What it returned.
+    """
+
+    def __init__(self, code: int) -> None:
+        rule = "success of cuLaunchKernelEx"
+        got = f"its error {code}, which may be of earlier work on this GPU"
+        super().__init__(f"launch: expected {rule}, got {got}")
 
 
 def _cells(kinds: Iterable[str], arguments: Iterable[Any]) -> list[Any] | None:

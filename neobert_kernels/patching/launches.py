@@ -284,13 +284,13 @@ class _Program:
         for part in self.parts:
             if type(part) is launched:
                 if code := start(*part.call, None):
-                    raise _driver.refused(code)
+                    raise _driver.RefusedError(code)
             elif type(part) is Attend:
                 for each in between[part]:
                     if type(each) is not launched:
                         each.start()  # has descriptors, or is of a form that has not started yet
                     elif code := start(*each.call, None):
-                        raise _driver.refused(code)
+                        raise _driver.RefusedError(code)
             else:
                 part(to)
 
@@ -364,7 +364,7 @@ class Launches:
         try:
             ours, why = self._by_driver(program, x, batch), "other bits than Triton's"
             same = _same_bits(ours, self._by_triton(x, batch)[0])
-        except RuntimeError as error:
+        except _driver.RefusedError as error:
             same, why = False, str(error)
         if same:
             program.proofs.add(len(x))

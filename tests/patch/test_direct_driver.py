@@ -161,6 +161,22 @@ def test_a_driver_that_refuses_at_first_leaves_everything_to_triton(gpu, ran, pr
     assert ways(gpu, model, 9, 4) == (10, 0)
 
 
+def test_a_full_gpu_is_no_proof(gpu, ran, proofs, monkeypatch):
+    """The forward raises what happened, and the next one is looked at."""
+    model = encoder()
+    nk.patch(model, inference=True)
+    states(model, **packed(9, 4))
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(programs._Program, "run", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            states(model, **packed(9, 4))
+    assert [ways(gpu, model, 9, 4) for _ in range(2)] == [(10, 0), (10, 20)]
+
+
 def test_nothing_is_compared_while_a_graph_is_captured(gpu, ran, proofs):
     model = encoder()
     nk.patch(model, inference=True)
