@@ -56,7 +56,7 @@ class Product:
         order: ``[outputs]`` int64: the row of the stacked weights that each output is made of;
             None keeps their order.
         gelu: Whether the exact (erf) GELU follows.
-        packed: Whether oneDNN multiplies: float32 on a CPU, where it is available.
+        packed: Whether oneDNN multiplies, if the weights are float32 on a CPU.
         rows: Tokens that a call usually brings.
         fixed: Whether a row has the same bits in every batch.
 
@@ -73,7 +73,7 @@ class Product:
         rows: int = ROWS,
         fixed: bool = False,
     ) -> None:
-        self.linears, self.order, self.gelu, self.packed = tuple(linears), order, gelu, packed
+        self.linears, self.order, self.gelu = tuple(linears), order, gelu
         self.multiply = nk.batch_invariant_linear if fixed else F.linear
         self.sources = [
             (linear, name, p, p._version, (p.data_ptr(), p.shape, p.stride()))
@@ -91,8 +91,11 @@ class Product:
                 ]
             )
         self.nbytes = sum(x.nbytes for x in (weight, self.bias) if x is not None)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if packed else weight
-        self.gelu_inside = gelu and packed and not onednn_ahead()
+        self.packed = packed and weight.is_cpu and weight.dtype == torch.float32
+        self.weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight
+        )
+        self.gelu_inside = gelu and self.packed and not onednn_ahead()
         # Behind "gelu" "none" asks for erf; the other one is "tanh".
         self.epilogue: tuple[str, list, str] = ("gelu" if self.gelu_inside else "none", [], "none")
 
@@ -138,6 +141,8 @@ class Preparer:
     Attributes:
         products: All that were made.
         interleaved: Whether RoPE pairs are neighbours in prepared projections.
+        fuses_gelu: Whether oneDNN multiplies where GELU follows.
+        packs: Whether it multiplies everywhere.
     """
 
     def __init__(

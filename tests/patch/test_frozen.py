@@ -244,6 +244,16 @@ def test_a_product_equals_linear_and_gelu(rows, bias, gelu, onednn):
         assert_within_budget(ours, reference(x, torch.float32), exact)
 
 
+@needs_onednn
+def test_onednn_leaves_other_dtypes_alone():
+    """As where layers are of another dtype than the embeddings, which say what a model's is."""
+    plain, x = nn.Linear(8, 4).bfloat16(), torch.randn(3, 8, dtype=torch.bfloat16)
+    product = Product([plain], gelu=True, packed=True)
+    assert not product.packed
+    with torch.no_grad():
+        assert torch.equal(product(x), F.gelu(plain(x)))
+
+
 def test_a_bias_of_some_layers_is_zero_in_the_others():
     with_bias, without = nn.Linear(8, 4), nn.Linear(8, 4, bias=False)
     x = torch.randn(3, 8)
