@@ -18,9 +18,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def positive(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 30 else 0
+    if not 1 <= value < 2**53:
+        limit = " and below 2**53" if value else ""
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of at least 1{limit}, got {text!r}"
+        )
     return value
 
 

@@ -207,18 +207,23 @@ def _patch(model: nn.Module, options: Options, rows: int = ROWS, keep: bool = Tr
         replacements += _products(replacements)
     for each in replacements:
         _check_plain_forward(each)
+    _runtime.load_operators()
     for each in replacements:
         if replacement_on(each.module) is None:  # else a wrapper kept it through `unpatch`
             each.module.forward = types.MethodType(each.forward, each.module)
         each.module.__dict__[OPTIONS] = options
-    _runtime.load_operators()
-    for _, base, family in found:
-        if options.cuda_graphs:
-            base.__dict__[GRAPHS] = new_graphs(base, family)
-        if inference:
-            freeze(
-                base, family.layers, family.view, family.stack, rows, keep, options.batch_invariant
-            )
+    try:
+        for _, base, family in found:
+            if options.cuda_graphs:
+                base.__dict__[GRAPHS] = new_graphs(base, family)
+            if inference:
+                freeze(
+                    base, family.layers, family.view, family.stack, rows, keep,
+                    options.batch_invariant,
+                )  # fmt: skip
+    except BaseException:  # as where memory does not suffice for second copies
+        unpatch(model)
+        raise
     return PatchReport(
         families=families,
         replaced=[Entry(r.name, type(r.module).__name__, r.what) for r in replacements],

@@ -30,7 +30,7 @@ from neobert_kernels.patching.blocks import (
     word_vectors,
 )
 from neobert_kernels.patching.family import Family, Packed, replacement
-from neobert_kernels.patching.frozen import PREPARED, Preparer, Product
+from neobert_kernels.patching.frozen import PREPARED, Preparer
 from neobert_kernels.patching.stacks import Layer, Norm, NotPlainError, Stack, agreed, linear
 
 OPERATORS = ("add_layer_norm", "attention", "first_pool", "linear_cross_entropy")
@@ -105,8 +105,8 @@ def _expanded(intermediate: Any, x: Tensor) -> Tensor:
 
     The argument is the largest tensor of a block, and a CPU pays for memory that it never used.
     """
-    if isinstance(intermediate, Product):
-        return intermediate(x)
+    if isinstance(intermediate, View):
+        return intermediate.dense(x)
     parts = intermediate, intermediate.dense, intermediate.intermediate_act_fn
     gelu = is_gelu(intermediate.intermediate_act_fn)
     if not gelu or torch.is_grad_enabled() or any(is_watched(part) for part in parts):
@@ -118,10 +118,6 @@ def view(base: Any, layer: Any, prepare: Preparer) -> View:
     """The layer as `layer_forward` reads it in a frozen model."""
     attention, self_ = layer.attention, layer.attention.self
     qkv = prepare.together([getattr(self_, name) for name in QKV])
-    wide = layer.intermediate
-    expanded = None
-    if not is_watched(wide):
-        expanded = prepare.with_gelu(wide.dense, wide.intermediate_act_fn)
     parts = {"qkv": qkv, "counts": [self_.num_attention_heads] * 3}
     return View(
         layer,
@@ -130,7 +126,7 @@ def view(base: Any, layer: Any, prepare: Preparer) -> View:
                 attention,
                 {"self": View(self_, parts), "output": prepare.part(attention.output, "dense")},
             ),
-            "intermediate": wide if expanded is None else expanded,
+            "intermediate": prepare.with_gelu(layer.intermediate, "dense", "intermediate_act_fn"),
             "output": prepare.part(layer.output, "dense"),
         },
     )

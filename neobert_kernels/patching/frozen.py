@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import neobert_kernels as nk
@@ -34,13 +35,17 @@ from neobert_kernels.patching.stacks import Stack
 PREPARED = "_neobert_kernels_prepared"
 
 ROWS = 1024  # tokens of a batch, for which oneDNN lays weights out; other counts work as well
+MOST_ROWS = 1 << 16  # that it is told; it refuses sizes of billions
+
+LayersOf = Callable[[Any], Iterable[tuple[str, nn.Module]]]
 
 
 def onednn_available() -> bool:
     """Whether this build of PyTorch has oneDNN's Linear with prepacked weights."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
     found = all(hasattr(torch.ops.mkldnn, name) for name in names)
-    return torch.backends.mkldnn.is_available() and found
+    on = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return bool(on and found)
 
 
 def onednn_ahead() -> bool:
@@ -59,6 +64,7 @@ class Product:
         packed: Whether oneDNN multiplies, if the weights are float32 on a CPU.
         rows: Tokens that a call usually brings.
         fixed: Whether a row has the same bits in every batch.
+        unused: Modules whose call the product stands for, beside its layers'.
 
     Attributes:
         nbytes: Memory that the product holds beside the layers' own weights.
@@ -72,8 +78,10 @@ class Product:
         packed: bool = False,
         rows: int = ROWS,
         fixed: bool = False,
+        unused: Sequence[nn.Module] = (),
     ) -> None:
         self.linears, self.order, self.gelu = tuple(linears), order, gelu
+        self.unused = tuple(unused)
         self.multiply = nk.batch_invariant_linear if fixed else F.linear
         self.sources = [
             (linear, name, p, p._version, (p.data_ptr(), p.shape, p.stride()))
@@ -93,7 +101,9 @@ class Product:
         self.nbytes = sum(x.nbytes for x in (weight, self.bias) if x is not None)
         self.packed = packed and weight.is_cpu and weight.dtype == torch.float32
         self.weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight
+            torch.ops.mkldnn._reorder_linear_weight(weight, min(rows, MOST_ROWS))
+            if self.packed
+            else weight
         )
         self.gelu_inside = gelu and self.packed and not onednn_ahead()
         # Behind "gelu" "none" asks for erf; the other one is "tanh".
@@ -112,24 +122,27 @@ class Product:
             y = self.multiply(x, self.weight, self.bias)
         return torch.ops.aten.gelu_(y) if self.gelu and not self.gelu_inside else y
 
-    def stale(self) -> str | None:
-        """What changed since the product was made: the name of a parameter, or "hooks"."""
+    def stale(self) -> tuple[nn.Module, str] | None:
+        """A module and what of it changed since the product was made."""
         for linear, name, parameter, version, place in self.sources:
             now = linear._parameters.get(name)
             if now is not parameter or now._version != version:
-                return name
+                return linear, name
             if (now.data_ptr(), now.shape, now.stride()) != place:
-                return name
+                return linear, name
         for linear in self.linears:
-            if linear._forward_hooks or linear._forward_pre_hooks or own_forward(linear):
-                return "hooks"
+            if type(linear) is not nn.Linear:
+                return linear, "the class"
+        for module in (*self.linears, *self.unused):
+            if module._forward_hooks or module._forward_pre_hooks or own_forward(module):
+                return module, "hooks or the forward"
         return None
 
     def release(self) -> None:
         """Give up the layers' own weights; the model can then neither be unpatched nor saved."""
         for linear in self.linears:
             linear.to("meta")
-        self.sources, self.linears = [], ()
+        self.sources, self.linears, self.unused = [], (), ()
 
 
 class Preparer:
@@ -173,13 +186,19 @@ class Preparer:
         parts |= {name: product for name, product in alone.items() if product is not None}
         return View(module, parts) if parts else module
 
-    def with_gelu(self, linear: Any, activation: Any) -> Product | None:
-        """A Linear layer with the activation behind it, if that is the exact GELU."""
-        if not (self.fuses_gelu and _plain(linear)):
-            return None
-        if not is_gelu(activation) or is_watched(activation):
-            return None
-        return self._product([linear], gelu=True, packed=True)
+    def with_gelu(self, module: Any, linear: str, activation: str) -> Any:
+        """A part with a Linear layer and an activation, as its block reads it.
+
+        Where that is the exact GELU and nobody sees the module's own call, a view whose ``linear``
+        is the product with GELU behind it.
+        """
+        first, second = getattr(module, linear), getattr(module, activation)
+        if not (self.fuses_gelu and _plain(first) and is_gelu(second)):
+            return module
+        if is_watched(module) or is_watched(second):
+            return module
+        unused = [module, second]
+        return View(module, {linear: self._product([first], gelu=True, packed=True, unused=unused)})
 
     def together(self, linears: Sequence[Any], order: Tensor | None = None) -> Product | None:
         """Layers over one input as one product.
@@ -212,7 +231,11 @@ class Preparer:
 
 def _plain(linear: Any) -> bool:
     own = own_forward(linear) or has_hooks(linear) or nn.modules.module._has_any_global_hook()
-    return type(linear) is nn.Linear and not own
+    if type(linear) is not nn.Linear or own:
+        return False
+    # Of quantized tensors and other subclasses only their own Linear knows what they do.
+    kept = (x for x in linear._parameters.values() if x is not None)
+    return all(type(x) in (Tensor, nn.Parameter) for x in kept)
 
 
 def pair_order(heads: int, size: int, to_interleaved: bool) -> Tensor:
@@ -228,15 +251,22 @@ def pair_order(heads: int, size: int, to_interleaved: bool) -> Tensor:
 class Frozen:
     """What a base model keeps beside its modules while it is frozen.
 
+    Args:
+        layers_of: Its layers now.
+
     Attributes:
         products: Made once from its weights.
+        layers: Those that it has, by ``id``.
+        views: Of these and of their parts.
         nbytes: Memory of the weights' second copies.
         released: Whether the second copies are the only ones.
         direct: What runs the layers without their modules, or None.
     """
 
-    def __init__(self, products: list[Product], views: list[View]) -> None:
-        self.products, self.views = products, views
+    def __init__(self, products: list[Product], layers_of: LayersOf) -> None:
+        self.products, self.layers_of = products, layers_of
+        self.layers: dict[int, nn.Module] = {}
+        self.views: list[View] = []
         self.released = False
         self.direct: Direct | None = None
 
@@ -247,16 +277,16 @@ class Frozen:
     def check(self, base: nn.Module) -> None:
         """Raise ValueError where weights are not what the products were made of."""
         rule = "the weights that inference=True prepared (unpatch, change, patch again)"
+        if any(id(layer) not in self.layers for _, layer in self.layers_of(base)):
+            raise _check.error("model", rule, "other layers")
         if not all(view.current() for view in self.views):
             raise _check.error("model", rule, "another module in a layer")
         for product in self.products:
-            what = product.stale()
-            if what is not None:
-                linear = next(
-                    (n for n, m in base.named_modules() if any(m is x for x in product.linears)),
-                    "a layer",
-                )
-                raise _check.error("model", rule, f"{what} of {linear} changed")
+            found = product.stale()
+            if found is not None:
+                module, what = found
+                name = next((n for n, m in base.named_modules() if m is module), "a layer")
+                raise _check.error("model", rule, f"{what} of {name} changed")
 
     def release(self) -> None:
         for product in self.products:
@@ -277,6 +307,9 @@ def refuse_other_use(base: Any, embeds: Tensor | None) -> None:
     rule = "evaluation mode with inference=True (model.eval(), or unpatch)"
     if base.training:
         raise _check.error("model", rule, "training mode")
+    if forward_ad._current_level >= 0:
+        rule = "no forward-mode derivatives with inference=True (unpatch)"
+        raise _check.error("model", rule, "a call that asks for them")
     if torch.is_grad_enabled():
         wanted = embeds is not None and embeds.requires_grad
         if wanted or any(p.requires_grad for p in base.parameters()):
@@ -290,7 +323,7 @@ def refuse_other_use(base: Any, embeds: Tensor | None) -> None:
 
 def freeze(
     base: Any,
-    layers_of: Callable[[Any], Iterable[tuple[str, nn.Module]]],
+    layers_of: LayersOf,
     view_of: Callable[[Any, Any, Preparer], View],
     stack_of: Callable[[Any], Stack],
     rows: int = ROWS,
@@ -304,15 +337,16 @@ def freeze(
     first = next(base.parameters())
     kernels = _runtime.use_kernel(first)
     prepare = Preparer(first.device, first.dtype, rows, kernels, fixed=invariant and kernels)
-    views, frozen = [], Frozen(prepare.products, [])
+    frozen = Frozen(prepare.products, layers_of)
     for _, layer in layers_of(base):
         made = len(prepare.products)
         layer.__dict__[PREPARED] = view = view_of(base, layer, prepare)
-        views += view.all()
+        frozen.layers[id(layer)] = layer
+        frozen.views += view.all()
         if not keep:  # layer by layer: at no time are there two copies of the model
             for product in prepare.products[made:]:
                 product.release()
-    frozen.views, frozen.released = views, not keep
+    frozen.released = not keep
     if not invariant and direct.wanted(direct.DIRECT):  # these products have bits of their own
         frozen.direct = Direct(base, layers_of, stack_of)
     base.__dict__[PREPARED] = frozen

@@ -4,8 +4,8 @@ A layer is a list of parts over buffers that all layers share. The driver reads 
 addresses where a `_Program` keeps them, so each forward has buffers of its own and writes their
 addresses once. A thread's first forward starts as Triton does it, which compiles and loads what is
 then kept, and makes the GPU's context the thread's; kernels with TMA descriptors always do. The
-next forwards, until two sizes have been seen, run both ways: unless the bits are the same, Triton
-starts everything from there on.
+next forwards, until two sizes have been seen, run both ways, which waits for the GPU: unless the
+bits are the same, Triton starts everything from there on.
 """
 
 import threading
@@ -26,7 +26,7 @@ from neobert_kernels.patching.batch import Batch
 from neobert_kernels.patching.blocks import rotated
 from neobert_kernels.patching.stacks import Layer, Linear, Norm, Stack
 
-PROOFS = 2  # numbers of rows over which a program's launches are compared with Triton's
+PROOFS = 2  # sizes of batches over which a program's launches are compared with Triton's
 
 
 class _Buffers(NamedTuple):
@@ -255,7 +255,7 @@ class _Program:
         cells = {id(x): address for x, address in zip(to, self.addresses, strict=True)}
         memory = {x.untyped_storage().data_ptr() for x in to[1:]}  # the input is a caller's
         self.parts: list[Any] = []
-        self.proofs = set[int]()  # numbers of rows for which it gave Triton's bits
+        self.proofs = set[int]()  # numbers of blocks of rows over which it gave Triton's bits
         self.kernels = {part.prepared.kernel for part in parts if isinstance(part, Ready)}
         self.possible = True
         for part in parts:
@@ -269,7 +269,12 @@ class _Program:
             else:
                 self.parts.append(part)
 
+    def proven(self, rows: int) -> bool:
+        """Whether bits were compared over so many blocks of rows, or over enough others."""
+        return len(self.proofs) >= PROOFS or _blocks(rows) in self.proofs
+
     def usable(self) -> bool:
+        """Whether the driver may start it, as far as Triton and its hooks are concerned."""
         return self.possible and not _watched(self.kernels)
 
     def run(self, to: _Buffers, attend: dict[Attend, list[Attention]]) -> None:
@@ -293,6 +298,16 @@ class _Program:
                         raise _driver.RefusedError(code)
             else:
                 part(to)
+
+
+def _blocks(rows: int) -> int:
+    """The least that makes a kernel start more programs."""
+    return -(-rows // fused.ROWS)
+
+
+def _must_not_wait() -> bool:
+    """Whether somebody forbids to wait for the GPU."""
+    return torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode() != 0
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:
@@ -340,8 +355,11 @@ class Launches:
         if self.thread.started:
             with suppress(IndexError):
                 program = self.idle.pop()
-        if program is not None and program.usable() and self._proven(program, x, batch):
+        usable = program is not None and self.trusted and program.usable()
+        if program is not None and usable and program.proven(len(x)):
             y = self._by_driver(program, x, batch)
+        elif program is not None and usable and not _must_not_wait():
+            y = self._compared(program, x, batch)
         else:
             y, started, to = self._by_triton(x, batch)
             self.thread.started = True
@@ -352,36 +370,37 @@ class Launches:
             self.idle.append(program)
         return y
 
-    def _proven(self, program: _Program, x: Tensor, batch: Batch) -> bool:
-        """Whether the driver's launches give Triton's bits, looked at for the first sizes.
+    def _compared(self, program: _Program, x: Tensor, batch: Batch) -> Tensor:
+        """By Triton and by the driver; unless the bits are the same, Triton starts all later ones.
 
-        Where they do not, all launches go through Triton from here on.
+        It waits for the GPU.
         """
-        if len(x) in program.proofs or len(program.proofs) >= PROOFS:
-            return True
-        if torch.cuda.is_current_stream_capturing():
-            return False  # what is looked at is waited for
+        y, why = self._by_triton(x, batch)[0], None
         try:
-            ours, why = self._by_driver(program, x, batch), "other bits than Triton's"
-            same = _same_bits(ours, self._by_triton(x, batch)[0])
+            if not _same_bits(self._by_driver(program, x, batch, spoil=True), y):
+                why = "other bits than Triton's"
         except _driver.RefusedError as error:
-            same, why = False, str(error)
-        if same:
-            program.proofs.add(len(x))
-        else:
-            self.trusted = False
-            self.idle.clear()
-            warnings.warn(
-                f"neobert_kernels: launches by CUDA's driver gave {why} over {len(x)} tokens and "
-                "go through Triton from here on; please report this with what `neobert doctor` "
-                f"prints (NEOBERT_DIRECT=0 does without)",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return same
+            why = str(error)
+        if why is None:
+            program.proofs.add(_blocks(len(x)))
+            return y
+        self.trusted = False
+        self.idle.clear()
+        warnings.warn(
+            f"neobert_kernels: launches by CUDA's driver gave {why} over {len(x)} tokens and go "
+            "through Triton from here on; please report this with what `neobert doctor` prints "
+            "(NEOBERT_DIRECT=0 does without)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return y
 
-    def _by_driver(self, program: _Program, x: Tensor, batch: Batch) -> Tensor:
+    def _by_driver(self, program: _Program, x: Tensor, batch: Batch, spoil: bool = False) -> Tensor:
+        """``spoil``: no buffer holds what an earlier forward left in that memory."""
         to = _Buffers.of(x, self.stack.layers[0], self.few)
+        if spoil:
+            for buffer in to[1:]:
+                buffer.fill_(torch.nan)
         attend = _attention(self.stack, self.kinds, to, batch)
         program.run(to, attend)
         return self.stack.after.add(to.next_x, to.delta)

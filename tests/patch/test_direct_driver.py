@@ -103,10 +103,10 @@ def test_attention_that_has_not_started_yet_starts_as_triton_does(gpu, ran):
 
 @pytest.fixture
 def proofs(monkeypatch):
-    """Two sizes are looked at; ``same`` is what that says, None of nothing."""
+    """Two sizes are looked at; ``same`` is what that says."""
 
     class Proofs:
-        same, seen, capturing = True, 0, False
+        same, seen, capturing, sync = True, 0, False, 0
 
     def same_bits(x, y):
         Proofs.seen += 1
@@ -115,6 +115,7 @@ def proofs(monkeypatch):
     monkeypatch.setattr(programs, "PROOFS", 2)
     monkeypatch.setattr(programs, "_same_bits", same_bits)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Proofs.capturing)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: Proofs.sync)
     return Proofs
 
 
@@ -129,9 +130,9 @@ def ways(gpu, model, *lengths):
 def test_the_drivers_first_launches_are_compared_with_tritons(gpu, ran, proofs):
     model = encoder()  # two layers of five launches
     nk.patch(model, inference=True)
-    batches = [(9, 4), (9, 4), (9, 4), (4, 9), (3,), (3,), (2, 8), (9, 4)]
-    both, alone = (10, 20), (0, 10)
-    expected = [(10, 0), both, alone, alone, both, alone, alone, alone]
+    batches = [(9, 4), (9, 4), (9, 4), (4, 9), (3,), (20,), (2, 18), (40,), (9, 4)]
+    both, alone = (10, 10), (0, 10)
+    expected = [(10, 0), both, alone, alone, alone, both, alone, alone, alone]
     assert [ways(gpu, model, *lengths) for lengths in batches] == expected
     assert proofs.seen == 2
 
@@ -143,8 +144,8 @@ def test_other_bits_than_tritons_leave_everything_to_triton(gpu, ran, proofs, si
     for lengths in [(9, 4), (9, 4)] if size == 2 else [(9, 4)]:
         states(model, **packed(*lengths))
     proofs.same = False
-    with pytest.warns(RuntimeWarning, match=r"driver gave other bits than Triton's over 5 tok"):
-        assert ways(gpu, model, 3, 2) == (20, 10)
+    with pytest.warns(RuntimeWarning, match=r"driver gave other bits than Triton's over 25 tok"):
+        assert ways(gpu, model, 23, 2) == (10, 10)
     proofs.same = True
     assert [ways(gpu, model, *lengths) for lengths in [(3, 2), (9, 4), (7,)]] == [(10, 0)] * 3
     assert proofs.seen == size
@@ -174,19 +175,33 @@ def test_a_full_gpu_is_no_proof(gpu, ran, proofs, monkeypatch):
         patch.setattr(programs._Program, "run", full)
         with pytest.raises(torch.OutOfMemoryError):
             states(model, **packed(9, 4))
-    assert [ways(gpu, model, 9, 4) for _ in range(2)] == [(10, 0), (10, 20)]
+    assert [ways(gpu, model, 9, 4) for _ in range(2)] == [(10, 0), (10, 10)]
 
 
-def test_nothing_is_compared_while_a_graph_is_captured(gpu, ran, proofs):
+@pytest.mark.parametrize("forbidden", [{"capturing": True}, {"sync": 1}, {"sync": 2}])
+def test_nothing_is_compared_where_nobody_may_wait(gpu, ran, proofs, forbidden):
+    """While a graph is captured, or in a mode that tells or forbids waiting."""
     model = encoder()
     nk.patch(model, inference=True)
     states(model, **packed(9, 4))
-    proofs.capturing = True
-    assert ways(gpu, model, 9, 4) == (10, 0)
-    proofs.capturing = False
-    assert ways(gpu, model, 9, 4) == (10, 20)
-    proofs.capturing = True
-    assert ways(gpu, model, 9, 4) == (0, 10)
+    allowed = dict.fromkeys(forbidden, 0)
+    for names, expected in ((forbidden, (10, 0)), (allowed, (10, 10)), (forbidden, (0, 10))):
+        for name, value in names.items():
+            setattr(proofs, name, value)
+        assert ways(gpu, model, 9, 4) == expected
+
+
+def test_what_an_earlier_forward_left_in_memory_proves_nothing(gpu, ran, proofs, monkeypatch):
+    """A driver that starts nothing at all leaves NaN."""
+    model = encoder()
+    nk.patch(model, inference=True)
+    states(model, **packed(9, 4))
+    compared = []
+    monkeypatch.setattr(
+        programs, "_same_bits", lambda ours, like: compared.append(ours.clone()) or True
+    )
+    states(model, **packed(9, 4))
+    assert compared[0].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -165,12 +165,130 @@ def test_weights_that_were_not_prepared_may_change(monkeypatch):
         torch.testing.assert_close(after, states(model, "neobert"), **ROUNDING)
 
 
-def test_a_replaced_layer_is_refused():
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+LAYER_CHANGES = {
+    "another module in a layer": [
+        lambda layer: setattr(layer.attention.self, "query", nn.Linear(48, 48)),
+        lambda layer: setattr(layer.intermediate, "dense", nn.Linear(48, 96)),
+        lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.ReLU()),
+    ],
+    "the class of encoder.layer.1.attention.self.value changed": [
+        lambda layer: setattr(layer.attention.self.value, "__class__", Doubled),
+    ],
+    "weight of encoder.layer.1.attention.self.key changed": [
+        lambda layer: layer.attention.self.key.weight.detach().mul_(2),
+    ],
+    "hooks or the forward of encoder.layer.1.intermediate changed": [
+        lambda layer: layer.intermediate.register_forward_hook(lambda *call: None),
+        lambda layer: setattr(layer.intermediate, "forward", lambda x: x),
+    ],
+    "hooks or the forward of encoder.layer.1.intermediate.intermediate_act_fn changed": [
+        lambda layer: layer.intermediate.intermediate_act_fn.register_forward_pre_hook(
+            lambda *call: None
+        ),
+    ],
+}
+
+
+@needs_onednn
+@pytest.mark.parametrize("what", ["wide", "everything"])
+@pytest.mark.parametrize(
+    ("got", "change"), [(got, change) for got, each in LAYER_CHANGES.items() for change in each]
+)
+def test_a_changed_part_of_a_layer_is_refused(got, change, what, monkeypatch):
+    multiplies(what, monkeypatch)
     model = encoder("bert")
     nk.patch(model, inference=True)
-    model.encoder.layer[1].attention.self.query = nn.Linear(48, 48)
-    with pytest.raises(ValueError, match="another module in a layer"):
+    change(model.encoder.layer[1])
+    with pytest.raises(ValueError, match=re.escape(got)):
         states(model, "bert")
+
+
+@every_family
+def test_other_layers_are_refused(family):
+    model = encoder(family)
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    nk.patch(model, inference=True)
+    layers[0] = copy.deepcopy(layers[1])
+    with pytest.raises(ValueError, match=r"prepared .* got other layers"):
+        states(model, family)
+
+
+def test_fewer_layers_run():
+    model = encoder("bert")
+    nk.patch(model, inference=True)
+    del model.encoder.layer[-1]
+    frozen = states(model, "bert")
+    nk.unpatch(model)
+    torch.testing.assert_close(frozen, states(model, "bert"), **ROUNDING)
+
+
+def test_what_fails_half_way_changes_nothing(monkeypatch):
+    model = encoder("bert")
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    make, made = Product.__init__, []
+
+    def full(self, *args, **options):
+        made.append(self)
+        if len(made) == 3:
+            raise MemoryError
+        make(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Product, "__init__", full)
+        with pytest.raises(MemoryError):
+            nk.patch(model, inference=True)
+    assert not nk.patching.is_patched(model)
+    for name, module in model.named_modules():
+        assert module.__dict__.keys() == before[name].keys()
+    nk.patch(model, inference=True)
+
+
+def test_a_weight_of_another_class_is_left_to_its_layer():
+    """As a quantized one is; only its layer knows how it multiplies."""
+
+    class Own(torch.Tensor):
+        pass
+
+    model = encoder("bert")
+    for name in ("query", "key", "value"):
+        linear = getattr(model.encoder.layer[1].attention.self, name)
+        linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Own))
+    expected = states(model, "bert")
+    nk.patch(model, inference=True)
+    torch.testing.assert_close(states(model, "bert"), expected, **ROUNDING)
+    frozen_linears = [m for p in model.__dict__[PREPARED].products for m in p.linears]
+    assert not any(m is model.encoder.layer[1].attention.self.key for m in frozen_linears)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func's own call
+def test_forward_mode_derivatives_are_refused():
+    """oneDNN's product has none, and leaves them out without a word."""
+    model = encoder("bert").requires_grad_(False)
+    nk.patch(model, inference=True)
+    x = torch.randn(1, 4, 48)
+    with pytest.raises(ValueError, match="expected no forward-mode derivatives with inference"):
+        torch.func.jvp(lambda x: model(inputs_embeds=x).last_hidden_state, (x,), (x,))
+
+
+@needs_onednn
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # PyTorch's, of its own flags
+def test_onednn_that_is_switched_off_multiplies_nothing():
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not onednn_available()
+    assert onednn_available()
+
+
+@needs_onednn
+def test_batches_of_any_number_of_tokens_can_be_prepared_for():
+    plain, x = nn.Linear(8, 4), torch.randn(3, 8)
+    with torch.no_grad():
+        product = Product([plain], packed=True, rows=2**62)
+        torch.testing.assert_close(product(x), plain(x))
 
 
 def test_gradients_and_training_are_refused():
