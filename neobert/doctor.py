@@ -4,6 +4,7 @@ Works whatever is missing: nothing but the standard library is imported before i
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import platform
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -195,10 +197,28 @@ def _check_operators(found: Diagnosis) -> None:
     found.checks = [asdict(check) for check in checks]
     found.attention_peers = attention_peers(found.device)
     found.cuda_extension = cuda.status()
+    found.advice += _switch_advice()
     failed = [check for check in checks if not check.passed]
     if failed:
         found.usable = False
         found.advice.append(_failure_advice(failed, found))
+
+
+def _switch_advice() -> list[str]:
+    """Environment variables of ours that have a value without a meaning."""
+    from neobert_kernels import cuda
+    from neobert_kernels.ops.attention import peers
+    from neobert_kernels.patching import direct
+
+    looks: list[Callable[[], object]] = [cuda.requested, peers.asked]
+    looks += [functools.partial(direct.wanted, each) for each in (direct.DIRECT, direct.FEW_TOKENS)]
+    advice = []
+    for look in looks:
+        try:
+            look()
+        except ValueError as error:
+            advice.append(f"environment variable {error}")
+    return advice
 
 
 def _failure_advice(failed: "list[Check]", found: Diagnosis) -> str:

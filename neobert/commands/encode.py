@@ -103,7 +103,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     group.add_argument(
         "--shard-rows",
         type=positive,
-        default=SHARD_ROWS,
         metavar="TEXTS",
         help=f"texts of a shard, a multiple of the window (default: {SHARD_ROWS})",
     )
@@ -122,6 +121,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     if args.workers is not None and args.engine != "ray":
         raise InputError(f"workers: expected --engine ray with it, got {args.engine}")
+    if not args.input:
+        raise InputError("input: expected a path, a pattern or -, got ''")
     if is_folder(args.output):
         return _run_sharded(args)
     if args.engine != "local":
@@ -130,6 +131,10 @@ def run(args: argparse.Namespace) -> int:
             f"--engine {args.engine}, got {args.output}"
         )
     output = check_output(args.output, args.overwrite, args.restart)
+    if args.shard_rows is not None:
+        raise InputError(
+            f"shard-rows: expected a folder of shards as --output with it, got {args.output}"
+        )
     _check_different(args.input, output)
     options = read_options(args)
     if options.id_column is not None and output.suffix.lower() != ".parquet":
@@ -168,7 +173,7 @@ def _run_sharded(args: argparse.Namespace) -> int:
         read=read_options(args),
         options=model_options(args),
         window=args.window,
-        shard_rows=args.shard_rows,
+        shard_rows=args.shard_rows or SHARD_ROWS,
         output_dtype=args.output_dtype,
         overwrite=args.overwrite,
         restart=args.restart,

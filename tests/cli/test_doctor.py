@@ -25,6 +25,16 @@ def test_every_operator_has_a_sample() -> None:
     assert selfcheck.SAMPLES.keys() == _runtime.load_operators().keys()
 
 
+@pytest.mark.parametrize(
+    "switch", ["NEOBERT_CUDA_OPS", "NEOBERT_ATTENTION", "NEOBERT_DIRECT", "NEOBERT_FEW_TOKENS"]
+)
+def test_a_switch_without_a_meaning_is_named(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._switch_advice() == []
+    monkeypatch.setenv(switch, "maybe")
+    (advice,) = doctor._switch_advice()
+    assert re.match(rf"environment variable {switch}: expected .*, got 'maybe'$", advice)
+
+
 def test_versions_are_those_of_the_project() -> None:
     promised = dict(re.findall(r'^    "([\w-]+)>=([\d.]+)', PYPROJECT, re.MULTILINE))
     assert {name: promised[name] for name in doctor.REQUIRED} == doctor.REQUIRED

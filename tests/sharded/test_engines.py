@@ -224,6 +224,8 @@ def test_ray_leaves_the_bytes_of_one_process_and_says_errors_in_one_line(
         (["--output", "out", "--workers", "2"], "workers: expected --engine ray with it"),
         (["--output", "gone/out"], "output: expected an existing folder, got gone"),
         (["--output", "out", "--shard-rows", "9"], "shard-rows: expected a multiple of the"),
+        (["--output", "out.npy"], "shard-rows: expected a folder of shards as --output with"),
+        (["--output", "out", "--input", ""], "input: expected a path, a pattern or -, got ''"),
         (["--output", "full"], "output: expected nothing but an earlier"),
         (["--output", ""], "output: expected a name, got ''"),
         (
