@@ -14,7 +14,10 @@ sys.path.insert(0, str(ROOT))
 
 from neobert_kernels import _cuda_build  # noqa: E402  (imports no torch, which a build has not)
 
-WANTED = os.environ.get("NEOBERT_CUDA", "0") not in ("", "0")
+SWITCH = os.environ.get("NEOBERT_CUDA", "")
+if SWITCH not in ("", "0", "1"):
+    sys.exit(f"NEOBERT_CUDA: expected 0 or 1, got {SWITCH!r}")
+WANTED = SWITCH == "1"
 
 
 class BuildWithSources(build_py):

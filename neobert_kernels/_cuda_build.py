@@ -124,8 +124,10 @@ def find_compiler() -> Compiler:
     for nvcc in found:
         if nvcc.is_file():
             return _compiler(nvcc)
+    got = f"none in {' or '.join(homes)}, which is looked at alone" if homes else "none"
     raise BuildError(
-        "nvcc: expected one in CUDA_HOME, in PATH or from pip install 'nvidia-cuda-nvcc', got none"
+        "nvcc: expected one in CUDA_HOME (if that is set), or else in PATH or from pip install "
+        f"'nvidia-cuda-nvcc', got {got}"
     )
 
 

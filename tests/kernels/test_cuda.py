@@ -223,7 +223,7 @@ def test_the_first_call_on_a_gpu_decides(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_build_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for key in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.setenv(key, str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"nvcc: expected one in CUDA_HOME, .*, got none"):
+    with pytest.raises(RuntimeError, match=rf"nvcc: expected one in CUDA_HOME.* in {tmp_path}"):
         cuda.build()
     monkeypatch.setattr(_cuda_build, "site_packages", lambda: [str(tmp_path)])
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -235,6 +235,17 @@ def test_a_build_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path
     header.write_text("#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 10\n")
     with pytest.raises(RuntimeError, match=r"torch: expected 2\.11 or newer, got 2\.10"):
         _cuda_build.torch_folder()
+
+
+def test_a_switch_without_a_meaning_builds_nothing() -> None:
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "--version"]
+    environment = os.environ | {"NEOBERT_CUDA": "banana"}
+    ran = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 1
+    assert ran.stderr == "NEOBERT_CUDA: expected 0 or 1, got 'banana'\n"
 
 
 def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> None:
