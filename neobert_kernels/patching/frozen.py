@@ -275,7 +275,13 @@ class Frozen:
         return sum(product.nbytes for product in self.products)
 
     def check(self, base: nn.Module) -> None:
-        """Raise ValueError where weights are not what the products were made of."""
+        """Raise ValueError where weights are not what the products were made of.
+
+        Or where forward-mode derivatives are wanted of oneDNN, which leaves them out.
+        """
+        if forward_ad._current_level >= 0 and any(product.packed for product in self.products):
+            rule = "no forward-mode derivatives with inference=True (unpatch)"
+            raise _check.error("model", rule, "a call that asks for them")
         rule = "the weights that inference=True prepared (unpatch, change, patch again)"
         if any(id(layer) not in self.layers for _, layer in self.layers_of(base)):
             raise _check.error("model", rule, "other layers")
@@ -307,9 +313,6 @@ def refuse_other_use(base: Any, embeds: Tensor | None) -> None:
     rule = "evaluation mode with inference=True (model.eval(), or unpatch)"
     if base.training:
         raise _check.error("model", rule, "training mode")
-    if forward_ad._current_level >= 0:
-        rule = "no forward-mode derivatives with inference=True (unpatch)"
-        raise _check.error("model", rule, "a call that asks for them")
     if torch.is_grad_enabled():
         wanted = embeds is not None and embeds.requires_grad
         if wanted or any(p.requires_grad for p in base.parameters()):

@@ -265,6 +265,7 @@ def test_a_weight_of_another_class_is_left_to_its_layer():
     assert not any(m is model.encoder.layer[1].attention.self.key for m in frozen_linears)
 
 
+@needs_onednn
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func's own call
 def test_forward_mode_derivatives_are_refused():
     """oneDNN's product has none, and leaves them out without a word."""
