@@ -61,11 +61,16 @@ def _loss(v: Values) -> Shown:
     return dense, ours, f"{v['ratio_to_dense']:.2f} x ({low:.2f} to {high:.2f})"
 
 
+def _ratio(v: Values, theirs: str, ours: str) -> str:
+    """With the spread of the other side's quartiles."""
+    low, high = (v[f"{theirs}_{end}_s"] / v[f"{ours}_median_s"] for end in ("low", "high"))
+    return f"{v['ratio']:.2f} x ({low:.2f} to {high:.2f})"
+
+
 def _patched(v: Values) -> Shown:
-    """Real tokens a second; the spread is that of the unpatched model's quartiles."""
-    low, high = (v[f"unpatched_{end}_s"] / v["patched_median_s"] for end in ("low", "high"))
+    """Real tokens a second."""
     theirs, ours = (f"{v[key]:,.0f}" for key in ("baseline_tokens_per_s", "tokens_per_s"))
-    return theirs, ours, f"{v['ratio']:.2f} x ({low:.2f} to {high:.2f})"
+    return theirs, ours, _ratio(v, "unpatched", "patched")
 
 
 def _inference(v: Values) -> Shown:
@@ -103,10 +108,9 @@ def _ray(v: Values) -> Shown:
 
 
 def _frozen(v: Values) -> Shown:
-    """Real tokens a second; the spread is that of the patched model's quartiles."""
-    low, high = (v[f"patched_{end}_s"] / v["frozen_median_s"] for end in ("low", "high"))
+    """Real tokens a second."""
     theirs, ours = (f"{v[f'{side}_tokens_per_s']:,.0f}" for side in ("patched", "frozen"))
-    return theirs, ours, f"{v['ratio']:.2f} x ({low:.2f} to {high:.2f})"
+    return theirs, ours, _ratio(v, "patched", "frozen")
 
 
 def _frozen_share(v: Values) -> Shown:
